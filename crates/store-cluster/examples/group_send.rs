@@ -3,7 +3,8 @@
 //! others.
 //!
 //! `cargo run --release -p qpq-store-cluster --example group_send`, on Linux, with the servers of
-//! the tests installed. CPU is that of the process and of the backends of its connections.
+//! the tests installed. The CPU time is that of the process and of the Postgres backends of its
+//! connections.
 
 #![allow(clippy::print_stdout, reason = "the program prints its measurements")]
 
@@ -27,7 +28,8 @@ const TICKS: f64 = 100.0;
 const IN_FLIGHT: usize = 64;
 const REPEATS: usize = 5;
 
-/// People 1 to 10 000 are in one group, the first 1 000 in another, and 10 more in none.
+/// Accounts 1 to 10 000 are in one group, the first 1 000 of them also in another, and 10 more in
+/// none.
 const ACCOUNTS: &str = "
     INSERT INTO account (id, username, identity, opaque_record, created_at, skeleton)
     SELECT n, 'p' || n, sha256(n::text::bytea), '', 0, 'p' || n FROM generate_series(1, 10010) n;
@@ -60,8 +62,11 @@ struct World {
 /// The resources that were used up to an instant, or between two.
 #[derive(Clone, Copy, Debug)]
 struct Used {
+    /// CPU time of this process, in seconds.
     process: f64,
+    /// CPU time of the Postgres backends, in seconds.
     postgres: f64,
+    /// Bytes of the write-ahead log.
     wal: f64,
 }
 
@@ -143,13 +148,13 @@ impl World {
         let keys = postgres.sql_in(DATABASE, keys).await?;
         let identities = keys.split_whitespace().map(identity).collect::<anyhow::Result<_>>()?;
         let store = ClusterStore::connect(&config).await?;
-        // They run until the process ends.
+        // The servers run until the process ends.
         std::mem::forget((redis, nats));
         Ok(Self { postgres, stores: store.stores(), store, identities })
     }
 
     async fn used(&self) -> anyhow::Result<Used> {
-        // Redis is updated after the answer.
+        // Waits for the updates of Redis, which follow the answer.
         sleep(Duration::from_millis(500)).await;
         let sql = "SELECT pg_current_wal_lsn() - '0/0'::pg_lsn || ' ' || string_agg(pid::text, ' ')
                      FROM pg_stat_activity WHERE application_name LIKE 'qpq-server%'";
@@ -168,7 +173,7 @@ impl World {
         Ok(())
     }
 
-    /// Sends a message to each of 1 000 people, alone.
+    /// Sends a single message to each of 1 000 accounts.
     async fn singles(&self, size: usize) -> anyhow::Result<Vec<(usize, Duration, Used)>> {
         let mut runs = Vec::new();
         for _ in 0..REPEATS {
@@ -200,7 +205,7 @@ impl World {
         size: usize,
     ) -> anyhow::Result<Vec<(usize, Duration, Used)>> {
         let mut runs = Vec::new();
-        // The first one fills the caches of the connections.
+        // The first run fills the caches of the connections, and is not counted.
         for n in 0..=REPEATS {
             self.empty().await?;
             let before = self.used().await?;
@@ -237,7 +242,8 @@ impl World {
         }
     }
 
-    /// Sends messages to all 10 000 members, and meanwhile single ones to a member and to others.
+    /// Sends messages to all 10 000 members, and meanwhile single messages to a member and to an
+    /// inbox outside the group.
     async fn delays(&self, size: usize) -> anyhow::Result<()> {
         self.empty().await?;
         for (what, recipient) in [("a member", 5_000), ("an inbox outside the group", 10_005)] {
@@ -312,7 +318,7 @@ async fn enqueue(stores: &Stores, message: NewMessage) -> StoreResult<()> {
     Ok(())
 }
 
-/// Returns the seconds of CPU that a process has used.
+/// Returns the seconds of CPU time that a process has used.
 fn cpu(stat: &str) -> anyhow::Result<f64> {
     let stat = fs::read_to_string(stat)?;
     let (_, fields) = stat.rsplit_once(')').context("a name")?;

@@ -1,6 +1,7 @@
-//! Account events between edges, over NATS. While no message arrives through NATS, every waiting
-//! call regularly receives the event that its session may have ended. The call then looks its
-//! session up, and copies of sessions are valid for a short time only.
+//! Account events between edges, over NATS. While NATS delivers nothing, every account with a
+//! waiting call regularly gets the event that its sessions may have ended. The call then looks its
+//! session up. Copies of sessions are valid only for a short time, so the lookup finds a
+//! revocation.
 
 use std::mem;
 
@@ -34,7 +35,7 @@ impl AccountEvents for ClusterStore {
     }
 }
 
-/// Whether messages of other edges may have been lost.
+/// A possible loss of messages from other edges.
 #[derive(PartialEq, Eq)]
 enum Missed {
     Nothing,
@@ -43,7 +44,7 @@ enum Missed {
 
 struct Listener {
     messages: Receiver<BusMessage>,
-    /// The accounts whose sessions are looked up.
+    /// The accounts for which `SessionsEnded` is still to be returned.
     pending: Vec<IdentityKey>,
     missed: Missed,
     next_check: Instant,
@@ -59,9 +60,9 @@ impl Listener {
             tokio::select! {
                 message = self.messages.recv() => match message {
                     Ok(BusMessage::AccountEvent(identity, event)) => return Some((identity, event)),
-                    // Drops the copy here before the event, because the receiver of the event looks
-                    // the session up immediately, perhaps before the task that drops copies has
-                    // run.
+                    // An account event follows this message, and its receiver looks the session up
+                    // immediately, perhaps before the task that drops copies has run. So the copy
+                    // is dropped here, too.
                     Ok(BusMessage::SessionEnded(token)) => {
                         self.store.inner.applier.sessions.drop_local(&token);
                     }
@@ -84,7 +85,8 @@ impl Listener {
         }
     }
 
-    /// Drops all copies of sessions and makes every waiting call look its session up once.
+    /// Drops all copies of sessions in this process, and makes every waiting call look its session
+    /// up once.
     fn look_up_all(&mut self) {
         self.store.inner.applier.sessions.drop_all_local();
         self.pending = self.store.inner.wakes.waiting();

@@ -33,7 +33,7 @@ const INSERT: &str = "
     empty AS (INSERT INTO inbox (id) SELECT id FROM new)
     SELECT id FROM new";
 
-/// Whether the skeleton and the identity key are taken.
+/// Returns whether the skeleton and the identity key are taken.
 const TAKEN: &str = "
     SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = $1 AND NOT lookalike),
            EXISTS (SELECT 1 FROM account WHERE identity = $2)";
@@ -44,7 +44,8 @@ const BY_USERNAME: &str =
 const BY_IDENTITY: &str =
     "SELECT id, username, identity, created_at FROM account WHERE identity = $1";
 
-/// Other edges insert accounts without a skeleton faster than this one computes them.
+/// The error if other edges insert accounts without a skeleton faster than this one computes the
+/// skeletons.
 #[derive(Debug, thiserror::Error)]
 #[error("accounts without a skeleton were added during each of {MAX_ATTEMPTS} attempts")]
 struct SkeletonsUnknown;
@@ -76,7 +77,7 @@ impl Accounts for ClusterStore {
     }
 }
 
-/// Registers an account. Returns `None` if the skeleton of some account is not known yet.
+/// Registers an account. Returns `None` if the skeleton of another account is not computed yet.
 struct Register {
     account: NewAccount,
     skeleton: Skeleton,

@@ -12,33 +12,33 @@ use secrecy::SecretString;
 
 use crate::{Clocks, ConnectError, error::Server};
 
-/// Everything [`ClusterStore::connect`](crate::ClusterStore::connect) needs.
+/// The settings for [`ClusterStore::connect`](crate::ClusterStore::connect).
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Postgres.
+    /// The address and the credentials of Postgres.
     pub postgres: Endpoint,
-    /// Redis.
+    /// The address and the credentials of Redis.
     pub redis: Endpoint,
-    /// NATS.
+    /// The address and the credentials of NATS.
     pub nats: Endpoint,
-    /// Connections of this edge to Postgres. The committers use some of them.
+    /// Maximum connections of this edge to Postgres, including those of the committers.
     pub postgres_connections: u32,
-    /// Timeout of one statement, of one lock and of one connection.
+    /// The timeout of a statement, of the wait for a lock, and of the wait for a connection.
     pub postgres_timeout: Duration,
-    /// Timeout of an answer of Redis.
+    /// The timeout of a connection to Redis and of each answer.
     pub redis_timeout: Duration,
-    /// Timeout of the first connection to each server.
+    /// The timeout of the first connection to each server.
     pub start_timeout: Duration,
     /// The prefix of every key in Redis and every subject in NATS, so that clusters can share both.
     pub namespace: String,
-    /// Whether the schema is migrated at the start. Otherwise it must be up to date.
+    /// The policy for schema migrations. An edge that does not migrate needs an up-to-date schema.
     pub migrate: Migrate,
-    /// The fingerprint of the cluster's OPAQUE setup. The first edge stores it, and all others must
-    /// have the same.
+    /// The fingerprint of the cluster's OPAQUE setup. The first edge stores its fingerprint, and
+    /// all others must have the same one.
     pub opaque_setup: [u8; 32],
     /// The limits of the deployment.
     pub limits: StoreLimits,
-    /// Intervals between edges.
+    /// The intervals by which edges detect each other's changes.
     pub timing: Timing,
     /// The clocks of the edge.
     pub clocks: Clocks,
@@ -47,20 +47,21 @@ pub struct Config {
 /// The address and the credentials of one server.
 #[derive(Clone)]
 pub struct Endpoint {
-    /// `postgres://`; `redis://`, `rediss://`, `redis+cluster://a,b,c`,
-    /// `redis+sentinel://a,b/primary` (`rediss+…` with TLS); `nats://`, `tls://`, several separated
-    /// by commas. May contain user and password.
+    /// The URL: `postgres://`; `redis://`, `rediss://`, `redis+cluster://a,b,c`,
+    /// `redis+sentinel://a,b/primary` (`rediss+…` with TLS); `nats://` or `tls://`, several
+    /// separated by commas. May contain user and password.
     pub url: String,
-    /// Replaces the password in the URL.
+    /// The password. Takes precedence over the one in the URL.
     pub password: Option<SecretString>,
-    /// PEM file with the authorities of the server's certificate: for Redis and NATS instead of the
-    /// system's, for Postgres in addition to the public ones.
+    /// A PEM file with the certificate authorities that the server's certificate is checked
+    /// against: for Redis and NATS in place of the system's authorities, for Postgres in addition
+    /// to the public ones.
     pub ca: Option<PathBuf>,
 }
 
 impl Endpoint {
-    /// Returns the contents of the file `ca`, which must have a certificate: a client library may
-    /// ignore a file without any.
+    /// Returns the contents of the file `ca`. A file without a certificate is an error, because a
+    /// client library may ignore it.
     pub(crate) fn authorities(&self, server: Server) -> Result<Option<Vec<u8>>, ConnectError> {
         let Some(path) = &self.ca else { return Ok(None) };
         let unusable =
@@ -85,12 +86,12 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// Whether the schema is migrated.
+/// The policy for schema migrations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Migrate {
-    /// Whenever an edge starts.
+    /// Each edge migrates the schema when it starts.
     AtStart,
-    /// The schema is updated by `qpq-admin migrate` only.
+    /// Only `qpq-admin migrate` migrates the schema.
     Never,
 }
 
@@ -102,13 +103,13 @@ impl Choice for Migrate {
 /// The intervals by which edges detect each other's changes without a message.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Time between two polls of the inboxes with waiting calls: the delay of a message whose wake
-    /// was lost.
+    /// Average time between two polls of the inboxes that calls wait for. A poll finds a message
+    /// whose wake was lost.
     pub poll: Duration,
-    /// Time for which a lease outlives its edge.
+    /// Time after which the leases of a killed edge expire.
     pub lease: Duration,
-    /// Time for which copies of a session in this edge and in Redis are valid: the delay of a
-    /// revocation while NATS is down.
+    /// Time for which the copies of a session, in an edge and in Redis, are valid. While NATS is
+    /// down, a revocation takes effect after at most this time.
     pub session_cache: Duration,
 }
 

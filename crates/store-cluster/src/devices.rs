@@ -1,7 +1,7 @@
 //! Devices in Postgres, and the changes of a registration or a revocation to the inbox, the
 //! sessions and the KeyPackages of the account.
 //!
-//! Both lock the inbox's head first, by a statement of their own, as every transaction does that
+//! Both lock the inbox's head first, by a separate statement, as does every transaction that
 //! changes the readers of a message. So each message is accepted either before or after a
 //! registration, and each page is completed either before or after a revocation.
 
@@ -46,14 +46,15 @@ const FIND: &str = "SELECT key FROM device WHERE account = $1 AND device = $2";
 const RENAME: &str =
     "UPDATE device SET name = $3 WHERE account = $1 AND device = $2 AND name <> $3";
 
-/// Needs no lock of the head: no other statement clears the mark.
+/// Clears `position_lost`. Needs no lock of the head, because no other statement clears it.
 const CONFIRM: &str = "
     UPDATE device SET position_lost = false WHERE account = $1 AND device = $2 AND position_lost";
 
 const CLAIM_KEY: &str = "
     INSERT INTO device_key (key, account, device) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
 
-/// A statement of its own sees the row that the claim conflicts with.
+/// Returns whether another device or an account has the key. A separate statement, because it sees
+/// the row that the claim conflicts with.
 const IS_KEY_OF_OTHER: &str = "
     SELECT EXISTS (SELECT 1 FROM device_key WHERE key = $1 AND (account, device) <> ($2, $3))
         OR EXISTS (SELECT 1 FROM account WHERE identity = $1)";
@@ -70,8 +71,9 @@ const REMOVE: &str =
     "DELETE FROM device WHERE account = $1 AND device = $2 RETURNING upto, key IS NULL AS keyless";
 const REMOVE_DONE: &str = "DELETE FROM device_done WHERE inbox = $1 AND device = $2";
 
-/// Without devices, the single reader continues with the messages that are left. Its queue in Redis
-/// may be from before the first registration, so its removals are counted up.
+/// After the last device, the single reader continues with the remaining messages. Its queue in
+/// Redis may be from before the first registration. Incrementing its removals makes that queue
+/// outdated.
 const COUNT_DOWN: &str = "
     UPDATE inbox SET devices = devices - 1, removals = removals + (devices = 1)::int
      WHERE id = $1 RETURNING devices, last_seq";
@@ -81,11 +83,12 @@ const END_SESSIONS: &str = "DELETE FROM session WHERE account = $1 AND device = 
 #[async_trait]
 impl Devices for ClusterStore {
     async fn register(&self, mut device: NewDevice) -> StoreResult<DeviceRegistration> {
-        // With a clock that is behind, the device would look absent.
+        // If the clock of the caller is behind, the device would count as absent.
         let time = &self.inner.time;
         device.now = time.bounds(device.now, time.postgres()).latest;
         let store = self.clone();
-        // The copies of the session are renewed even if the caller is dropped meanwhile.
+        // A separate task, so that the copies of the session are renewed even if the caller is
+        // dropped.
         let registering = tokio::spawn(async move {
             let Inner { database, applier, opaque_setup, .. } = &*store.inner;
             let register = Register { device: &device, opaque_setup };
@@ -144,8 +147,8 @@ impl Devices for ClusterStore {
 }
 
 impl Inner {
-    /// Wakes the calls that wait for an inbox, at every edge: messages that other readers had
-    /// leased may be visible to them now.
+    /// Wakes the calls that wait for an inbox, at every edge, because messages that other readers
+    /// had leased may be visible to them now.
     async fn readers_changed(&self, inbox: IdentityKey) {
         let nothing = ToInbox { devices: Some(Vec::new()), messages: Vec::new() };
         let inboxes = HashMap::from([(inbox, nothing)]);
@@ -280,13 +283,15 @@ async fn register_in(
     Ok(DeviceRegistration::Registered)
 }
 
-/// Makes a key the device's own, unless it belongs to another device or is an identity key.
+/// Stores a key as the device's own. Returns `false` if it belongs to another device or is an
+/// identity key.
 async fn claim(connection: &mut PgConnection, key: &[u8], new: &NewDevice) -> sqlx::Result<bool> {
     let of_device = |sql| {
         let query = sqlx::query(sql).bind(key.to_vec()).bind(new.account.0);
         query.bind(new.device.as_bytes().to_vec())
     };
-    // Before anything is written. A claim by another transaction in between is found after it.
+    // This check precedes the insert, so that a refusal writes nothing. A claim that another
+    // transaction commits in between is found by the check below.
     let is_taken = of_device(IS_KEY_OF_OTHER).fetch_one(&mut *connection).await?;
     if is_taken.try_get(0)? {
         return Ok(false);
@@ -298,7 +303,7 @@ async fn claim(connection: &mut PgConnection, key: &[u8], new: &NewDevice) -> sq
     Ok(!is_taken)
 }
 
-/// The removals of all attempts at a revocation: an attempt whose commit was not answered may have
+/// The results of all attempts at a revocation. An attempt whose commit was not answered may have
 /// succeeded.
 #[derive(Default)]
 struct Revoked {

@@ -2,9 +2,9 @@
 //! edges to wake.
 //!
 //! A transaction returns its effects as one value, and they are applied in one place, after the
-//! commit. Postgres alone decides, so an edge that is killed between the commit and its effects
-//! causes only a delay: a queue in Redis is behind, a session's copy is used until it expires, and
-//! a waiting edge finds the message with its next poll.
+//! commit. Only Postgres determines the state of the store. An edge that is killed between the
+//! commit and its effects causes only a delay: a queue in Redis is behind, a session's copy is used
+//! until it expires, and a waiting edge finds the message with its next poll.
 
 use std::collections::HashMap;
 
@@ -38,13 +38,13 @@ pub(crate) struct Accepted {
 /// Messages that were accepted into one inbox.
 #[derive(Debug, Default)]
 pub(crate) struct ToInbox {
-    /// The devices that they wait for; `None` if they wait for the single reader.
+    /// The devices that read the messages; `None` for the single reader.
     pub(crate) devices: Option<Vec<RegistrationId>>,
     pub(crate) messages: Vec<Queued>,
 }
 
 impl ToInbox {
-    /// Returns about the bytes that the messages take in a queue.
+    /// Returns the approximate size of the messages in a queue, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.messages.iter().map(|queued| queued.envelope.cost()).sum()
     }
@@ -54,17 +54,17 @@ impl ToInbox {
 #[derive(Debug)]
 pub(crate) struct Removal {
     pub(crate) reader: ReaderId,
-    /// The view that they were read in.
+    /// The view in which the messages were read.
     pub(crate) view: View,
     pub(crate) store_id: StoreId,
-    /// The number of the removal among those of the reader.
+    /// The number of this removal among the reader's removals.
     pub(crate) number: u64,
-    /// The lease that ends with them.
+    /// The lease that ends with the removal.
     pub(crate) lease: Option<LeaseId>,
     pub(crate) seqs: Vec<Seq>,
 }
 
-/// Applies effects. Cheap to clone.
+/// The waiting calls and the copies of sessions to which effects are applied. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Applier {
     pub(crate) wakes: WakeRegistry,

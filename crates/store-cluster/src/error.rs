@@ -1,9 +1,8 @@
-//! Failures of Postgres, Redis and NATS: whether a caller or the store itself retries them.
+//! Failures of Postgres, Redis and NATS, and whether the store retries them.
 //!
-//! When an edge starts, it retries a server that is unreachable. A server that rejects the
-//! credentials, or whose certificate is not trusted, is a mistake in the configuration, which a
-//! retry does not correct. Each server reports these in its own way; the errors are the same for
-//! all three ([`Server`]).
+//! At the start of an edge, an unreachable server is retried. Rejected credentials and an untrusted
+//! certificate are mistakes in the configuration, which a retry does not correct. Each server
+//! reports them in its own way. [`Server`] maps them to the same errors.
 
 use std::{error::Error, io, sync::Arc, time::Duration};
 
@@ -64,7 +63,7 @@ impl PostgresError {
         PostgresErrorKind::of(&self.0)
     }
 
-    /// Whether Postgres began the operation and did not end it in time.
+    /// Returns whether Postgres began the operation and did not end it in time.
     pub(crate) fn took_too_long(&self) -> bool {
         match &*self.0 {
             // A statement was cancelled by its timeout.
@@ -91,9 +90,9 @@ impl From<PostgresError> for StoreError {
     }
 }
 
-/// A stored value has a length or a range that this program never writes.
+/// The error of a stored value with a length or a range that this program never writes.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("{0} holds a value that was never written by this program")]
+#[error("{0} has a value that this program never writes")]
 pub(crate) struct NeverWritten(pub(crate) &'static str);
 
 impl From<NeverWritten> for sqlx::Error {
@@ -129,7 +128,7 @@ impl Server {
         ConnectError::Untrusted { server: self.name(), url, ca, cause: cause.to_string() }
     }
 
-    /// Returns [`untrusted`](Self::untrusted) if TLS has failed.
+    /// Returns the error [`untrusted`](Self::untrusted) if `error` is a permanent failure of TLS.
     pub(crate) fn tls_failure(self, error: &(dyn Error + 'static)) -> Option<ConnectError> {
         use AlertDescription::{CloseNotify, InternalError, UserCanceled};
         match tls_error(error)? {
@@ -139,7 +138,7 @@ impl Server {
         }
     }
 
-    /// Returns the outcome of `work`, or an error if it takes too long.
+    /// Returns the outcome of `work`, or an error if it takes longer than `within`.
     pub(crate) async fn answers<T>(
         self,
         within: Duration,
@@ -183,8 +182,8 @@ impl Server {
     }
 }
 
-/// Returns the error of TLS among the causes of a failure, in any form in which the client
-/// libraries wrap it.
+/// Returns the TLS error among the causes of a failure. Each client library wraps it in another
+/// way.
 fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -203,7 +202,8 @@ fn tls_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a rustls::Error> 
     None
 }
 
-/// Why the store cannot be used, and what to do about it. Has no URL, which may contain a password.
+/// The reason why the store cannot be used, and advice. Contains no URL, because a URL may contain
+/// a password.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     #[error("{setting} cannot be understood ({cause}): {expected}")]
@@ -213,11 +213,11 @@ pub enum ConnectError {
     #[error("{server} cannot be reached ({cause}): see that it runs and that {setting} is right")]
     Unreachable { server: &'static str, setting: &'static str, cause: String },
     #[error(
-        "{server} does not let this program in ({cause}): correct the user, the password or what else {url} and {password} say, or the rights that it has there"
+        "{server} does not let this program in ({cause}): correct the user and the password in {url} and {password}, or the rights of that user"
     )]
     Refused { server: &'static str, url: &'static str, password: &'static str, cause: String },
     #[error(
-        "the connection to {server} cannot be encrypted and trusted ({cause}): see that it has TLS on, that its certificate is for the name in {url}, and that {ca} names the authority which that is from"
+        "the connection to {server} cannot be encrypted and trusted ({cause}): see that {server} has TLS on, that its certificate is for the host name in {url}, and that {ca} contains the authority that issued the certificate"
     )]
     Untrusted { server: &'static str, url: &'static str, ca: &'static str, cause: String },
     #[error("{server} is version {found}, and at least {needed} is needed")]
@@ -227,13 +227,13 @@ pub enum ConnectError {
     )]
     Behind { found: i64, needed: i64 },
     #[error(
-        "the database was set up by an unreleased version whose schema {0} was another: start that version, or use a new database"
+        "the database was created by an unreleased version whose schema {0} differs: start that version, or use a new database"
     )]
     OtherSchema(i64),
     #[error("the database cannot be migrated: {0}")]
     Migration(String),
     #[error(
-        "this edge's OPAQUE setup is not the cluster's: nobody who registered with one can log in with the other. Give it the directory that `qpq-admin init` made for this cluster"
+        "this edge's OPAQUE setup is not the cluster's: accounts that registered with one cannot log in with the other. Use the directory that `qpq-admin init` created for this cluster"
     )]
     OtherCluster,
 }

@@ -1,15 +1,19 @@
 //! The present history of the store, and the detection of another one.
 //!
 //! The id is derived from three values. At least one of them changes when Postgres may have
-//! returned to an earlier state: the identifier of the database system (another server, or a dump
-//! that was restored into one), the timeline (a promoted standby, a point-in-time recovery), and a
-//! stored salt (for restores that change neither). The id is read in the same statement as the rows
-//! that belong to it, so a connection that silently leads to another server, as through a pooler,
-//! is detected by its next statement.
+//! returned to an earlier state:
 //!
-//! The timeline comes from the position of the log that is being written, since the one of the last
-//! checkpoint is still the old one right after a promotion. A standby writes no log and answers
-//! with an error. The functions need no rights beyond those of any role.
+//! - the identifier of the database system, with another server, or a dump that was restored into
+//!   one;
+//! - the timeline, with the promotion of a standby, or a recovery to a point in time;
+//! - a stored salt, which is replaced after a restore that changes neither.
+//!
+//! The id is read in the same statement as the rows that belong to it. So the next statement
+//! detects a connection that silently leads to another server, as through a pooler.
+//!
+//! The timeline is that of the current write position of the log, because the last checkpoint has
+//! the earlier timeline until some time after a promotion. A standby writes no log and answers with
+//! an error. Every role may call these functions.
 
 use std::sync::Arc;
 
@@ -23,7 +27,7 @@ use crate::{
     postgres::{self, Database, Repeat, Scope, Statement, row::Columns as _},
 };
 
-/// The id of the history, as an expression that Postgres evaluates once a statement.
+/// The id of the history, as an expression that Postgres evaluates once in each statement.
 macro_rules! store_id {
     () => {
         "(SELECT substr(sha256(int8send(c.system_identifier)
@@ -36,12 +40,13 @@ pub(crate) use store_id;
 
 const CURRENT: &str = concat!("SELECT ", store_id!(), " AS store_id");
 
-/// The same in hexadecimal digits.
+/// As [`CURRENT`], in hexadecimal digits.
 pub(crate) const CURRENT_HEX: &str = concat!("SELECT encode(", store_id!(), ", 'hex')");
 
 pub(crate) const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";
 
-/// Any of them may have been taken after the copy was made that is the store now.
+/// Removes all one-time KeyPackages. Any of them may have been taken after the copy was made from
+/// which the store was restored.
 pub(crate) const REMOVE_PACKAGES: &str = "
     WITH removed AS (
         DELETE FROM key_package WHERE NOT last_resort RETURNING owner, fingerprint, not_after),
@@ -50,7 +55,8 @@ pub(crate) const REMOVE_PACKAGES: &str = "
         SELECT owner, fingerprint, not_after FROM removed ON CONFLICT DO NOTHING)
     SELECT count(*) FROM removed";
 
-/// Any of them may have been ended after the copy was made that is the store now.
+/// Ends all sessions. Any of them may have been ended after the copy was made from which the store
+/// was restored.
 pub(crate) const END_SESSIONS: &str = "
     WITH ended AS (DELETE FROM session RETURNING 1) SELECT count(*) FROM ended";
 
@@ -85,12 +91,13 @@ impl History {
         }
     }
 
-    /// Changes whenever another history is detected.
+    /// Returns a receiver that is notified when another history is detected.
     pub(crate) fn changes(&self) -> watch::Receiver<StoreId> {
         self.0.subscribe()
     }
 
-    /// Begins another history: another salt, no one-time KeyPackages.
+    /// Begins another history: replaces the salt, removes the one-time KeyPackages, and ends the
+    /// sessions if that is requested.
     pub(crate) async fn begin(
         &self,
         database: &Database,
@@ -137,8 +144,9 @@ impl Statement for BeginHistory {
 }
 
 /// Begins another history, as
-/// [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), with Postgres alone and
-/// without a timeout: a large cluster has many packages to remove. Running edges detect it.
+/// [`Maintenance::begin_history`](qpq_ports::Maintenance::begin_history), through Postgres alone.
+/// Has no timeout, since a large cluster has many KeyPackages to remove. Running edges detect the
+/// new history.
 pub async fn begin_history(
     config: &Config,
     sessions: OldSessions,
@@ -151,7 +159,7 @@ pub async fn begin_history(
         Ok(new)
     };
     let new = outcome.await.map_err(|error: sqlx::Error| postgres::failed(&error))?;
-    // The transaction is committed.
+    // The transaction is committed, so an error is ignored.
     let _ = connection.close().await;
     Ok(new)
 }

@@ -1,18 +1,18 @@
 //! The import of a single node's data: accounts, sessions, keys, inboxes with their messages.
 //!
-//! Rows are first stored in tables `import_…`, which no edge reads. That may be interrupted at any
-//! time, and continues after the last row that was committed. Then one transaction moves all rows
-//! to the tables of the cluster, reads them back, and commits if their digests are those of the
-//! node. So the cluster has all data of the node or none, however often the import is killed, and
-//! no other transaction can have changed the compared rows.
+//! Rows are first stored in tables `import_…`, which no edge reads. This step may be interrupted at
+//! any time, and continues after the last committed row. Then one transaction moves all rows to the
+//! tables of the cluster, reads them back, and commits if their digests are those of the node. So
+//! the cluster has all data of the node or none, however often the import is killed, and no other
+//! transaction can have changed the compared rows.
 //!
 //! Redis needs no change. Edges read a queue in Redis if it shows the state of the inbox's head in
 //! Postgres, and load it from Postgres otherwise. An imported inbox belongs to an account that the
-//! cluster never had (an identity key that it has is refused), so no queue of it was loaded and no
-//! edge waits for it. Another database that used the same Redis under the same namespace may have
-//! left a queue that shows a state of *its* inbox. Therefore an imported head begins with 2⁴⁰
-//! removals, in the transaction that makes it visible: no inbox that began in a cluster reaches
-//! that. So does an imported device.
+//! cluster never had, because an identity key that the cluster has is refused. So no queue of the
+//! inbox was loaded, and no edge waits for it. Only another database that used the same Redis under
+//! the same namespace may have left a queue, which shows a state of *its* inbox. Therefore an
+//! imported head begins with 2⁴⁰ removals, in the transaction that makes it visible: no inbox that
+//! began in a cluster reaches that number. The same applies to an imported device.
 
 use std::fmt::Write as _;
 
@@ -31,21 +31,21 @@ use crate::{
     tables::{self, TableDescription, sql_type},
 };
 
-/// The advisory lock of an import. A number that nothing else locks ("qpq move").
+/// The number of the advisory lock of an import, "qpqmove" in ASCII. Nothing else locks it.
 const LOCK: i64 = 0x71_7071_6d6f_7665;
 const RETRY_EVERY: Duration = Duration::from_millis(100);
 
 /// Maximum names in an error.
 const MAX_NAMES: usize = 10;
 
-/// A connection by which a node is imported.
+/// A connection to the cluster's Postgres, by which a single node is imported.
 #[derive(Debug)]
 pub struct Import {
     connection: PgConnection,
     opaque_setup: [u8; 32],
 }
 
-/// Why a node is not imported, and what to do about it.
+/// The reason why a node is not imported, and advice.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
     #[error("another import is running: wait until it has ended")]
@@ -98,8 +98,8 @@ impl Import {
         if is_own.unwrap_or(true) { Ok(import) } else { Err(ConnectError::OtherCluster) }
     }
 
-    /// Excludes other imports while this is connected. The connection of a killed import may last
-    /// until Postgres detects its end, so this waits for the lock.
+    /// Excludes other imports while this connection is open. Waits for the lock up to `timeout`,
+    /// because the connection of a killed import may stay open until Postgres detects its end.
     pub async fn lock(&mut self, timeout: Duration) -> Result<(), ImportError> {
         let until = Instant::now() + timeout;
         loop {
@@ -117,7 +117,7 @@ impl Import {
         }
     }
 
-    /// Whether the node with these digests was imported before.
+    /// Returns whether the node with these digests was imported before.
     pub async fn is_done(&mut self, digests: &Digests) -> Result<bool, ImportError> {
         if !self.has_table("import_done").await? {
             return Ok(false);
@@ -142,8 +142,8 @@ impl Import {
         if names.is_empty() { Ok(()) } else { Err(clash(names)) }
     }
 
-    /// Prepares to import rows of the node with these digests, or to continue. Rows of another
-    /// node, whose import was given up, are dropped.
+    /// Prepares the import of the node with these digests, or continues it. Drops the rows of an
+    /// unfinished import of another node.
     pub async fn begin(&mut self, digests: &Digests) -> Result<(), ImportError> {
         let mut open = self.connection.begin().await?;
         sqlx::raw_sql("CREATE TABLE IF NOT EXISTS import_begun (digests text NOT NULL)")
@@ -239,14 +239,14 @@ impl Import {
             .execute(&mut *open)
             .await?;
         open.commit().await?;
-        // If this is interrupted, the next registration does it.
+        // If this is interrupted, the next registration computes the missing skeletons.
         while skeletons::fill(&mut self.connection).await? > 0 {}
         Ok(())
     }
 
     /// Ends the connection.
     pub async fn close(self) {
-        // Everything is committed.
+        // Everything is committed, so an error is ignored.
         let _ = self.connection.close().await;
     }
 
@@ -270,7 +270,7 @@ fn clash(mut names: Vec<String>) -> ImportError {
     ImportError::Clash { names, more }
 }
 
-/// Returns one name more than an error has.
+/// Returns up to one name more than an error has, which shows that there are others.
 const CLASHES: &str = "
     SELECT s.username FROM import_account s
      WHERE EXISTS (SELECT 1 FROM account a WHERE a.username = s.username)
@@ -278,7 +278,7 @@ const CLASHES: &str = "
      ORDER BY 1 LIMIT 11";
 
 /// Moves all rows from the tables `import_…` to those of the cluster. Accounts get new numbers,
-/// which the other rows find by the identity keys.
+/// which `import_account` assigns to the old ones by the identity keys.
 async fn move_in(connection: &mut PgConnection) -> sqlx::Result<()> {
     for (table, description) in TableDescription::moved() {
         if let Some(renumber) = description.renumber() {
@@ -287,7 +287,7 @@ async fn move_in(connection: &mut PgConnection) -> sqlx::Result<()> {
         sqlx::raw_sql(AssertSqlSafe(description.move_in())).execute(&mut *connection).await?;
         if table == Table::Account {
             sqlx::raw_sql(NUMBER_ACCOUNTS).execute(&mut *connection).await?;
-            // The joins are planned by the contents.
+            // Postgres plans the joins below by these statistics.
             let analyze = AssertSqlSafe(tables::analyze_import_tables());
             sqlx::raw_sql(analyze).execute(&mut *connection).await?;
         }
@@ -295,7 +295,7 @@ async fn move_in(connection: &mut PgConnection) -> sqlx::Result<()> {
     sqlx::raw_sql(COUNT_DEVICES).execute(connection).await.map(drop)
 }
 
-/// From then on, the devices are the readers of their inboxes.
+/// Sets the number of devices of each imported inbox. From then on, the devices are the readers.
 const COUNT_DEVICES: &str = "
     UPDATE inbox i SET devices = c.devices
       FROM (SELECT s.moved, count(*) AS devices

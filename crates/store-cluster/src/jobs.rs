@@ -1,7 +1,7 @@
 //! Jobs in Postgres. A claim moves `run_at` to the end of its lease, so the job of a killed worker
 //! becomes due again by itself. Workers that claim concurrently skip each other's rows.
 //!
-//! Postgres' clock is the only one that writes `run_at`.
+//! `run_at` is always computed from Postgres' clock.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,18 +21,19 @@ use crate::{
     },
 };
 
-/// The longest wait that is stored. A longer one would not fit an `i64` after it is added.
+/// The longest wait that is stored. The sum of an instant and a longer wait might not fit an `i64`.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Postgres' time. NULL is a Postgres that is not asked.
+/// Postgres' time; the caller's time if `store_now()` is NULL, as in tests that set the time.
 macro_rules! time {
     ($now:literal) => {
         concat!("(SELECT coalesce(store_now(), ", $now, "))")
     };
 }
 
-/// `ON CONFLICT DO UPDATE` locks the present job, so that it cannot end unnoticed. Of equal keys
-/// within one statement the first is stored. `xmax` is zero in a row that was inserted.
+/// Stores jobs, and returns the number of new ones. `ON CONFLICT DO UPDATE` locks the present job
+/// with the same key, so that it cannot end unnoticed. Of jobs with equal keys in one statement,
+/// the first is stored, with the earliest time. `xmax` is zero in a row that was inserted.
 const PUT: &str = concat!(
     "
     WITH new AS (
@@ -63,8 +64,10 @@ const PUT: &str = concat!(
     SELECT (SELECT count(*) FROM plain) + (SELECT count(*) FROM keyed WHERE is_new)"
 );
 
-/// A lease has ended when it is over by both Postgres' clock and the caller's, so a clock that
-/// jumps ahead ends no lease. `RETURNING` keeps no order: the caller sorts.
+/// Claims due jobs. A lease has ended when it is over by both Postgres' clock and the caller's, so
+/// one clock that jumps ahead ends no lease. `astray` are jobs that are due later than the horizon
+/// $6 allows: a wrong clock wrote them, and they are due now. `RETURNING` keeps no order, so the
+/// caller sorts.
 const CLAIM: &str = concat!(
     "
     WITH clock AS MATERIALIZED (SELECT ",
@@ -114,7 +117,7 @@ const DIE: &str = concat!(
     time!("$3"),
     ", claim = NULL, last_error = $4 WHERE id = $1 AND claim = $2"
 );
-/// The job that was put while the one that died was running.
+/// Stores the job that was put while the dead one was running.
 const REPLACE_DEAD: &str = "
     INSERT INTO job (kind, key, payload, run_at)
     SELECT kind, key, payload, again_at FROM job WHERE id = $1 AND again_at IS NOT NULL";
@@ -146,7 +149,7 @@ const RETRY_DEAD: &str = concat!(
 const IS_DEAD: &str = "SELECT EXISTS (SELECT 1 FROM job WHERE id = $1 AND died_at IS NOT NULL)";
 const REMOVE_DEAD: &str = "DELETE FROM job WHERE id = $1 AND died_at IS NOT NULL";
 
-/// The queue of jobs in one database. It needs neither Redis nor NATS.
+/// The queue of jobs in one database. Needs neither Redis nor NATS.
 #[derive(Debug)]
 pub(crate) struct JobQueue {
     database: Database,
@@ -254,7 +257,7 @@ struct ClaimJobs {
 }
 
 impl Statement for ClaimJobs {
-    /// The jobs, and since when each was due.
+    /// The jobs, and the instant at which each became due.
     type Output = Vec<(UnixMillis, Job)>;
 
     /// A claim whose answer is lost ends with its lease.
@@ -452,7 +455,7 @@ async fn retry_dead(
     Ok(if dead { DeadChange::Superseded } else { DeadChange::NotFound })
 }
 
-/// A wait as a column.
+/// Returns a wait as a column, at most [`LONGEST_WAIT`].
 fn wait(duration: Duration) -> i64 {
     millis_of(duration.min(LONGEST_WAIT))
 }

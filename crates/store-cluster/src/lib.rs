@@ -1,16 +1,19 @@
 //! The store of a cluster: any number of edges over one Postgres, one Redis and one NATS.
 //!
 //! **Postgres commits, Redis serves, NATS wakes.** Everything that is acknowledged is committed in
-//! Postgres first. Redis has copies that are compared with Postgres before they are shown, and
-//! state that may be lost at any time: leases, waiters, rate limits. NATS carries best-effort
+//! Postgres first. Redis has copies, which are compared with Postgres before a read returns them,
+//! and state that may be lost at any time: leases, waiters, rate limits. NATS carries best-effort
 //! messages between edges.
 //!
-//! - `store`: the store of one edge, which implements every port; `effects`: what follows a commit.
+//! - `store`: the store of one edge, which implements every port; `effects`: the changes outside
+//!   Postgres after a commit.
 //! - `postgres`: operations and the schema; `redis`: one connection, the scripts of the queues;
 //!   `nats`: the bus between edges.
 //! - `tables`: the description of every table, from which `import` generates its statements.
 //! - `inboxes`, `wakes`: the path of a message. `accounts`, `sessions`, `devices`, `groups`,
 //!   `keys`, `limiter`, `account_events`, `maintenance`, `jobs`: one port each.
+//! - `history`: detects a Postgres that has returned to an earlier state; `time`: the clocks of the
+//!   edge and of Postgres; `operate`: the connection for backups and restores.
 
 mod account_events;
 mod accounts;

@@ -1,9 +1,9 @@
 //! Rate limits, counted in Redis for all edges together.
 //!
-//! A bucket is one number: when it will be full again (the generic cell rate algorithm), with the
-//! arithmetic of the embedded store in `redis/scripts/spend.lua`. After a flush of Redis all
-//! buckets are full. The time is that of Redis, so that an edge with a wrong clock neither empties
-//! nor fills a bucket.
+//! A bucket is stored as one number: the instant at which it is full again (the generic cell rate
+//! algorithm). `redis/scripts/spend.lua` computes it as the embedded store does. After a flush of
+//! Redis all buckets are full. The time is that of Redis, so that an edge with a wrong clock
+//! neither empties nor fills a bucket.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -15,9 +15,9 @@ use redis::Script;
 
 use crate::{ClusterStore, metrics as names, redis::Redis};
 
-/// Time for which a key outlives its bucket.
+/// Time for which a key is kept after its bucket is full.
 const SLACK: Duration = Duration::from_secs(60);
-/// No debt is remembered for longer.
+/// Maximum lifetime of a key. A bucket that would be full later than that is treated as full then.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 static SPEND: LazyLock<Script> =
@@ -29,7 +29,7 @@ static REMEMBER: LazyLock<Script> =
 static REMEMBERS: LazyLock<Script> =
     LazyLock::new(|| Script::new("return redis.call('EXISTS', KEYS[1])"));
 
-/// Returns the key of a counter, which Redis itself expires.
+/// Returns the key in Redis that marks a limit key as remembered. Redis expires it.
 fn remembered(redis: &Redis, LimitKey { class, subject }: &LimitKey) -> String {
     redis.key(format_args!("k:{class}:{:032x}", u128::from_be_bytes(*subject)))
 }
@@ -80,7 +80,7 @@ impl RateLimiter for ClusterStore {
     }
 }
 
-/// None if the bucket never has a token.
+/// Returns the milliseconds in which a token returns; `None` if the bucket never has a token.
 fn millis_per_token(bucket: Bucket) -> Option<f64> {
     (bucket.burst > 0 && bucket.per_second > 0.0).then(|| 1_000.0 / bucket.per_second)
 }

@@ -1,10 +1,10 @@
 //! Maintenance of the store: a check that Postgres commits, Redis writes and the clocks agree, and
 //! the removal of expired rows, by one edge at a time.
 //!
-//! Each kind of row is removed in a transaction of its own, of bounded size. Devices that are away
-//! are moved in such transactions, too. A transaction that
-//! takes too long is retried with fewer rows, so that a sweep makes progress however slow removing
-//! is. The size grows back with each success.
+//! Each kind of row is removed in a transaction of its own, of bounded size. Absent devices are
+//! moved in such transactions, too. A transaction that takes too long is retried with fewer rows,
+//! so that a sweep makes progress however slow the removal is. Each success increases the number of
+//! rows again.
 
 use std::{
     sync::atomic::{AtomicI64, Ordering},
@@ -39,10 +39,10 @@ use crate::{
 /// Time for which Redis keeps the value of a check.
 const CHECKED: Duration = Duration::from_secs(60);
 
-/// A number that no other advisory lock in this database uses: "qpqsweep".
+/// The number of the advisory lock of sweeps, "qpqsweep" in ASCII. No other lock uses it.
 const SWEEPER: i64 = i64::from_be_bytes(*b"qpqsweep");
 
-/// A transaction that timed out is retried with a fraction of its rows.
+/// The factor by which the rows of a transaction are reduced after a timeout.
 const SHRINK: i64 = 4;
 
 const BEAT: &str = concat!(
@@ -51,7 +51,7 @@ const BEAT: &str = concat!(
     " AS store_id"
 );
 
-/// Rows that are locked are left to the next sweep.
+/// Removes expired sessions. As in the statements below, locked rows are left to the next sweep.
 const SESSIONS: &str = "
     DELETE FROM session WHERE token = ANY (ARRAY (
         SELECT token FROM session WHERE expires_at <= (SELECT least($1, store_now()))
@@ -76,7 +76,7 @@ enum Expiring {
     Sessions,
     Packages,
     Given,
-    /// Commits of groups that are remembered no longer.
+    /// Remembered commits of groups.
     Commits,
 }
 
@@ -91,7 +91,7 @@ impl Expiring {
         Self::Commits,
     ];
 
-    /// The label in metrics.
+    /// Returns the label in metrics.
     const fn op(self) -> &'static str {
         match self {
             Self::Messages => "sweep_messages",
@@ -105,7 +105,7 @@ impl Expiring {
     }
 }
 
-/// Rows in the next transaction of each kind.
+/// Maximum rows of the next transaction of each kind.
 #[derive(Debug)]
 pub(crate) struct SweepSizes([AtomicI64; Expiring::ALL.len()]);
 
@@ -120,12 +120,13 @@ impl SweepSizes {
         self.0[kind as usize].load(Ordering::Relaxed)
     }
 
-    /// Sets the size after a transaction in time.
+    /// Increases the size after a transaction that ended in time.
     fn grow(&self, kind: Expiring) {
         self.set(kind, (self.get(kind) * 2).min(SWEEP));
     }
 
-    /// Sets and returns the size after a transaction that was not; `None` if it was the smallest.
+    /// Reduces and returns the size after a transaction that timed out; `None` if the size was one
+    /// row.
     fn shrink(&self, kind: Expiring) -> Option<i64> {
         let before = self.get(kind);
         let size = (before / SHRINK).max(1);
@@ -151,7 +152,7 @@ impl Inner {
         self.redis.command("check", &set).await
     }
 
-    /// Removes a batch of one kind, in smaller ones if that takes too long.
+    /// Removes one batch of a kind. Retries with fewer rows if the transaction takes too long.
     async fn sweep_kind(&self, kind: Expiring, now: UnixMillis) -> Result<Swept, PostgresError> {
         let (sizes, limits) = (&self.sweep_sizes, &self.limits.delivery);
         loop {
@@ -187,7 +188,7 @@ impl Maintenance for ClusterStore {
     }
 
     async fn sweep(&self, now: UnixMillis) -> StoreResult<Swept> {
-        // Postgres compares with its own clock, too.
+        // The statements compare with Postgres' clock, too.
         let now = self.inner.time.bounds(now, None).earliest;
         let (mut all, mut failed) = (Swept::default(), None);
         for kind in Expiring::ALL {
@@ -196,7 +197,7 @@ impl Maintenance for ClusterStore {
                     all.rows += swept.rows;
                     all.moved.extend(swept.moved);
                 }
-                // The other kinds need not wait for this one.
+                // A failure of one kind does not stop the others.
                 Err(error) => failed = Some(error),
             }
         }
@@ -237,7 +238,7 @@ impl Statement for Beat {
     }
 }
 
-/// Commits, and observes Postgres' time.
+/// Commits a heartbeat, and observes Postgres' time.
 async fn beat(database: &Database, time: &Time) -> Result<StoreId, PostgresError> {
     let asked = Instant::now();
     let (store_id, postgres) = database.run(&Beat).await?;
@@ -248,7 +249,7 @@ async fn beat(database: &Database, time: &Time) -> Result<StoreId, PostgresError
 /// Observes Postgres' time before it is used.
 pub(crate) async fn first_beat(database: &Database, time: &Time) -> Result<(), ConnectError> {
     beat(database, time).await.map_err(|error| Server::Postgres.unreachable(error))?;
-    // An error is logged there. The edge starts, and is not ready until the clocks agree.
+    // `check` logs the error. The edge starts, and is not ready until the clocks agree.
     let _ = time.check();
     Ok(())
 }
@@ -261,7 +262,7 @@ struct Sweep<'a> {
     limits: &'a DeliveryLimits,
     /// Sessions that were removed, in all attempts.
     ended: Mutex<Vec<TokenHash>>,
-    /// Accounts of which a device began to be moved, in all attempts.
+    /// Accounts with a device that was marked as moved, in all attempts.
     moved: Mutex<Vec<IdentityKey>>,
 }
 
@@ -277,8 +278,8 @@ impl Statement for Sweep<'_> {
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
         let Self { kind, now, rows, limits, ref ended, ref moved } = *self;
-        // Until the end of the transaction. An edge without the lock leaves the work to the edge
-        // that has it.
+        // The lock lasts until the end of the transaction. An edge without it leaves the work to
+        // the edge that has it.
         let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
             .bind(SWEEPER)
             .fetch_one(&mut *connection)

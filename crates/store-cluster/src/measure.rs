@@ -1,5 +1,5 @@
-//! The lower bounds of the cluster's times: the transaction that commits messages, and the script
-//! that pushes them, each measured by itself. Only the load generator enables it.
+//! Measures the transaction that commits messages, and the script that pushes them, each alone.
+//! Their times are lower bounds of the cluster's. Only the load generator enables this module.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::{
     time::Time,
 };
 
-/// Any history.
+/// An arbitrary history.
 const STORE: StoreId = StoreId::new([0; 16]);
 
 /// The result of a measurement.
@@ -28,7 +28,7 @@ pub struct Floor {
     pub elapsed: Duration,
 }
 
-/// Creates the inboxes that the messages are for.
+/// Registers `count` accounts, whose inboxes receive the messages.
 pub async fn inboxes(
     stores: &qpq_ports::Stores,
     count: u8,
@@ -103,8 +103,8 @@ pub async fn pushes(
         tasks.spawn(async move {
             let mut messages = 0;
             while start.elapsed() < duration {
-                // A queue is dropped when it is full, as in use, and loaded again from time to
-                // time.
+                // A full queue is dropped, as in production. It is loaded again after every 128
+                // messages.
                 if messages % 128 == 0 {
                     load_empty(
                         &redis,

@@ -23,22 +23,23 @@ use tokio::{
 
 use crate::{Config, ConnectError, error::Server, metrics as names};
 
-/// Messages that wait to be published.
+/// Maximum messages that wait to be published.
 const QUEUE_CAPACITY: usize = 64 << 10;
 /// Maximum wakes in one message.
 const MAX_WAKES: usize = 1_024;
 /// Maximum time for NATS to accept one message.
 const PUBLISH_TIMEOUT: Duration = Duration::from_millis(500);
-/// Time between two heartbeats, and after the last one of an edge until it counts as dead.
+/// Time between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(2);
+/// Time after the last heartbeat of an edge until the edge counts as dead.
 const DEAD_AFTER: Duration = Duration::from_secs(7);
-/// Messages that a slow receiver may lag.
+/// Maximum received messages that are kept for a slow receiver.
 const RECEIVED_CAPACITY: usize = 4_096;
 
 /// The prefix of the id of an edge that reads tagged wakes.
 const TAGGED: &str = "2-";
 
-/// The id of one edge, new at each start.
+/// The id of one edge. Each start creates a new one.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct EdgeId(pub(crate) Arc<str>);
 
@@ -77,13 +78,13 @@ pub(crate) struct Bus {
     outgoing: mpsc::Sender<Outgoing>,
     received: broadcast::Sender<BusMessage>,
     reconnects: watch::Sender<()>,
-    /// When the last heartbeat of any edge arrived; without others this edge's own.
+    /// The instant at which the last heartbeat arrived, of any edge including this one.
     last_heartbeat: Arc<Mutex<Instant>>,
     client: Client,
 }
 
 impl Bus {
-    /// Connects and subscribes as `edge`. Needs a tokio runtime. Works until
+    /// Connects and subscribes as `edge`. Needs a tokio runtime. The tasks of the bus run until
     /// [`close`](Self::close).
     pub(crate) async fn connect(config: &Config, edge: &EdgeId) -> Result<Self, ConnectError> {
         config.nats.authorities(Server::Nats)?;
@@ -130,12 +131,13 @@ impl Bus {
         self.received.subscribe()
     }
 
-    /// Changes whenever NATS was disconnected and is connected again: messages in between are lost.
+    /// Returns a receiver that is notified when NATS is connected again after a disconnection,
+    /// during which messages were lost.
     pub(crate) fn reconnects(&self) -> watch::Receiver<()> {
         self.reconnects.subscribe()
     }
 
-    /// Whether no message arrives now, as far as is known.
+    /// Returns whether NATS delivers nothing now: it is disconnected, or heartbeats are overdue.
     pub(crate) fn is_silent(&self) -> bool {
         self.client.connection_state() != State::Connected
             || self.last_heartbeat.lock().elapsed() > DEAD_AFTER
@@ -206,8 +208,7 @@ fn options(config: &Config, reconnects: watch::Sender<()>) -> Result<ConnectOpti
     })
 }
 
-/// A user, password or token as it is meant; the URL has it percent-encoded (RFC 3986, section
-/// 2.1).
+/// Decodes a user, password or token, which is percent-encoded in the URL (RFC 3986, section 2.1).
 fn unescaped(part: &str) -> Result<String, ConnectError> {
     let text = percent_encoding::percent_decode_str(part).decode_utf8();
     text.map(Cow::into_owned).map_err(|error| bad_url(error.to_string()))
@@ -260,9 +261,9 @@ mod tag {
     pub(super) const DEVICES_CHANGED: u8 = b'D';
 }
 
-/// The prefix of the 32 bytes that name the channel of the inbox before them. An edge of the
-/// previous release reads them as an inbox that no call waits for, and wakes the one before for all
-/// channels.
+/// The prefix of the 32 bytes that name the channel of the preceding inbox. An edge of the previous
+/// release reads these bytes as an inbox that no call waits for, and wakes the preceding inbox for
+/// all channels.
 const IN_CHANNEL: &[u8; 12] = b"in channel 1";
 
 /// Appends a wake: the inbox, and then its channel if there is one.
@@ -277,8 +278,8 @@ fn put_wake(bytes: &mut BytesMut, inbox: &IdentityKey, view: View) {
     }
 }
 
-/// The wakes of a message to this edge: what [`put_wake`] wrote, after the tag unless the message
-/// is of the release before.
+/// Returns the wakes of a message to this edge: after a tag, each as [`put_wake`] encodes it. A
+/// message of the previous release has no tag.
 fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
     let words = match message.split_first() {
         Some((&tag::WAKES, words)) if words.len().is_multiple_of(IdentityKey::LEN) => words,
@@ -354,21 +355,23 @@ async fn publish(
     }
 }
 
-/// Returns a message without wakes to an edge. One of the previous release reads no tag.
+/// Returns the beginning of a message of wakes: the tag, or nothing for an edge of the previous
+/// release, which expects no tag.
 fn no_wakes(edge: &str) -> BytesMut {
     let tag: &[u8] = if edge.starts_with(TAGGED) { &[tag::WAKES] } else { &[] };
     BytesMut::from(tag)
 }
 
-/// Publishes a message. While NATS is disconnected its client accepts a few thousand messages and
-/// then blocks, so this has a timeout.
+/// Publishes a message. While NATS is disconnected, its client accepts a few thousand messages and
+/// then blocks. So the call has a timeout.
 async fn send(client: &Client, subject: String, payload: Bytes, count: usize) {
     if !matches!(timeout(PUBLISH_TIMEOUT, client.publish(subject, payload)).await, Ok(Ok(()))) {
         metrics::counter!(names::BUS_DROPPED).increment(count as u64);
     }
 }
 
-/// The edges whose heartbeats arrive. Without NATS none arrive, and this edge is the only one.
+/// The edges whose heartbeats arrive. Without NATS none arrive, and this edge counts as the only
+/// one.
 struct LiveEdges {
     own: Bytes,
     others: HashMap<Bytes, Instant>,

@@ -1,5 +1,5 @@
-//! The cluster's Postgres for backups and restores: one connection, a snapshot that other programs
-//! can read, and the environment by which they connect.
+//! Access to the cluster's Postgres for backups and restores: one connection, a snapshot that other
+//! programs can read, and the environment variables by which they connect.
 
 use percent_encoding::percent_decode_str;
 use sqlx::{
@@ -9,9 +9,9 @@ use sqlx::{
 
 use crate::{Config, ConnectError, error::Server, history, nats, postgres, redis};
 
-/// The statements that end a restore, in the transaction that brings the tables back: another
-/// history begins. The second one returns the number of KeyPackages removed, the third one that of
-/// sessions ended.
+/// The statements that begin another history at the end of a restore, in the transaction that
+/// restores the tables. The second one returns the number of removed KeyPackages, the third one the
+/// number of ended sessions.
 pub const BEGIN_HISTORY: [&str; 3] =
     [history::RENEW, history::REMOVE_PACKAGES, history::END_SESSIONS];
 
@@ -30,18 +30,18 @@ impl Config {
     }
 }
 
-/// A connection to the cluster's Postgres without timeouts of statements.
+/// A connection to the cluster's Postgres without statement timeouts.
 #[derive(Debug)]
 pub struct Operator(PgConnection);
 
 /// The contents of the database at one moment.
 #[derive(Clone, Debug)]
 pub struct DatabaseSnapshot {
-    /// The name by which `pg_dump` reads the same moment while the connection lives.
+    /// The name by which `pg_dump` reads the same contents while the connection is open.
     pub name: String,
     /// The number of the last migration.
     pub schema: i64,
-    /// The history, in hexadecimal digits.
+    /// The id of the history, in hexadecimal digits.
     pub store_id: String,
     /// Tables with their numbers of rows, in alphabetical order.
     pub rows: Vec<(String, u64)>,
@@ -65,7 +65,7 @@ impl Operator {
         Self::without_timeouts(postgres::options(config)?).await
     }
 
-    /// Connects without timeouts of statements.
+    /// Connects without statement timeouts.
     async fn without_timeouts(options: PgConnectOptions) -> Result<Self, ConnectError> {
         let patient = options.options([
             ("statement_timeout", "0"),
@@ -75,7 +75,7 @@ impl Operator {
         patient.connect().await.map(Self).map_err(|error| postgres::failed(&error))
     }
 
-    /// Whether the database has no tables of its own.
+    /// Returns whether the database has no tables of its own.
     pub async fn is_empty(&mut self) -> Result<bool, ConnectError> {
         sqlx::query_scalar(
             "SELECT NOT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -86,7 +86,8 @@ impl Operator {
         .map_err(|error| postgres::failed(&error))
     }
 
-    /// Opens a snapshot, which stays until the connection is dropped, and counts what it shows.
+    /// Opens a snapshot, which lasts until the connection is dropped, and counts the rows of its
+    /// tables.
     pub async fn snapshot(&mut self) -> Result<DatabaseSnapshot, ConnectError> {
         self.take_snapshot().await.map_err(|error| postgres::failed(&error))
     }
@@ -104,7 +105,7 @@ impl Operator {
                 .await?;
         let store_id = sqlx::query_scalar(history::CURRENT_HEX).fetch_one(&mut *connection).await?;
         let tables: Vec<String> = sqlx::query_scalar(
-            // A partitioned table has no rows of its own, its partitions have.
+            // A partitioned table has no rows of its own: its partitions have them.
             "SELECT relname::text FROM pg_class
               WHERE relkind = 'r' AND relnamespace = current_schema()::regnamespace
                 AND relname <> '_sqlx_migrations' ORDER BY 1",
@@ -121,7 +122,7 @@ impl Operator {
         Ok(DatabaseSnapshot { name, schema: schema.unwrap_or_default(), store_id, rows })
     }
 
-    /// Returns the history that the database is in.
+    /// Returns the present history of the database, in hexadecimal digits.
     pub async fn history(&mut self) -> Result<String, ConnectError> {
         sqlx::query_scalar(history::CURRENT_HEX)
             .fetch_one(&mut self.0)
@@ -130,8 +131,9 @@ impl Operator {
     }
 }
 
-/// Returns the variables by which the programs of Postgres (`pg_dump`, `psql`) connect as an edge
-/// does. The password is one of them, since a command line is visible to every user of the machine.
+/// Returns the environment variables by which the programs of Postgres (`pg_dump`, `psql`) connect
+/// as an edge does. They include the password, since a command line is visible to every user of the
+/// machine.
 pub fn client_environment(config: &Config) -> Result<Vec<(&'static str, String)>, ConnectError> {
     let options = postgres::as_given(config)?;
     let host = options

@@ -2,9 +2,10 @@
 //! of the previous release, or from a single node.
 //!
 //! An edge fills them in at its start, in batches that are committed one by one, so that a killed
-//! start continues where it stopped. Before each registration an edge fills in those that were
-//! added since. An edge of the previous release does not check the rule: a name that it registers
-//! although another one has the same skeleton stays, as a *lookalike*.
+//! start continues where it stopped. Before each registration, an edge fills in the skeletons of
+//! accounts that were added since. An edge of the previous release does not compare skeletons. If
+//! it registers a name whose skeleton another account has, the name stays, and the account is
+//! marked as a *lookalike*.
 
 use qpq_domain::Skeleton;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
@@ -22,7 +23,8 @@ const BATCH: i64 = 1_000;
 const UNKNOWN: &str =
     "SELECT id, username FROM account WHERE skeleton IS NULL ORDER BY id LIMIT $1";
 
-/// Of accounts with the same skeleton, the oldest has it and the others are lookalikes.
+/// Stores skeletons. Of accounts with the same skeleton, the oldest owns it, and the others are
+/// lookalikes.
 const FILL: &str = "
     WITH new AS (
         SELECT id, skeleton, row_number() OVER (PARTITION BY skeleton ORDER BY id) > 1 AS later
@@ -33,7 +35,8 @@ const FILL: &str = "
                OR EXISTS (SELECT 1 FROM account h WHERE h.skeleton = n.skeleton AND NOT h.lookalike)
       FROM new n WHERE a.id = n.id AND a.skeleton IS NULL";
 
-/// Fills in the skeletons of all accounts, without a timeout.
+/// Fills in the skeletons of all accounts. The timeout `within` is that of the connection and of
+/// each batch.
 pub(crate) async fn fill_all(
     options: &PgConnectOptions,
     within: Duration,
@@ -51,7 +54,7 @@ pub(crate) async fn fill_all(
     if accounts > 0 {
         tracing::info!(accounts, "skeletons of usernames computed");
     }
-    // Every batch is committed.
+    // Every batch is committed, so an error is ignored.
     let _ = connection.close().await;
     Ok(())
 }
@@ -70,7 +73,7 @@ pub(crate) async fn fill(connection: &mut PgConnection) -> sqlx::Result<usize> {
     match sqlx::query(FILL).bind(&ids).bind(&skeletons).execute(connection).await {
         Ok(_) => Ok(ids.len()),
         // Another edge registered or filled in one of these skeletons at the same time. The next
-        // attempt reads it.
+        // attempt sees that row.
         Err(sqlx::Error::Database(refusal)) if refusal.is_unique_violation() => Ok(ids.len()),
         Err(error) => Err(error),
     }

@@ -1,5 +1,5 @@
-//! The store of one edge: it connects to the three servers, implements every port in the file of
-//! its area, and owns the tasks that keep it up to date.
+//! The store of one edge. Connects to the three servers and owns the background tasks. Each port is
+//! implemented in the file of its area.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -30,17 +30,17 @@ use crate::{
     wakes::WakeRegistry,
 };
 
-/// Time between two observations of the pool of connections.
+/// Time between two updates of the connection metrics.
 const OBSERVE_EVERY: Duration = Duration::from_secs(5);
-/// Maximum time of one attempt to connect, so that an attempt that hangs is not the last.
+/// Maximum time of one attempt to connect, so that a hanging attempt leaves time for another one.
 const ATTEMPT: Duration = Duration::from_secs(10);
 /// The waits between attempts to connect.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
 /// The store of this edge, which implements every port. Cheap to clone.
 ///
-/// Its tasks end when the last clone is dropped. No message is lost: those that the edge had leased
-/// are visible again a few seconds later.
+/// Its tasks end when the last clone is dropped. No message is lost: messages that the edge had
+/// leased are visible again a few seconds later.
 #[derive(Clone)]
 pub struct ClusterStore {
     pub(crate) inner: Arc<Inner>,
@@ -56,7 +56,7 @@ pub(crate) struct Inner {
     pub(crate) limits: StoreLimits,
     /// The fingerprint of the cluster's OPAQUE setup.
     pub(crate) opaque_setup: [u8; 32],
-    /// Whether the instants of callers replace the time of Redis.
+    /// True if the instants of calls replace the time of Redis, as in tests that set the time.
     pub(crate) time_is_injected: bool,
     pub(crate) heads: Heads,
     pub(crate) committers: Committers,
@@ -66,14 +66,14 @@ pub(crate) struct Inner {
     pub(crate) wakes: WakeRegistry,
     pub(crate) applier: Applier,
     pub(crate) sweep_sizes: SweepSizes,
-    /// Time between two checks whether NATS delivers account events.
+    /// Time between two checks of whether NATS delivers account events.
     pub(crate) event_interval: Duration,
     tasks: Mutex<JoinSet<()>>,
 }
 
 impl ClusterStore {
-    /// Connects to all three servers, retrying those that are unreachable, and checks that they are
-    /// this cluster's. Needs a tokio runtime, and uses it while the store is open.
+    /// Connects to all three servers, and checks that the database belongs to this cluster. Retries
+    /// a server that is unreachable. Needs a tokio runtime, and uses it while the store is open.
     pub async fn connect(config: &Config) -> Result<Self, ConnectError> {
         metrics::describe();
         let edge = EdgeId::random();
@@ -132,7 +132,7 @@ impl ClusterStore {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Returns the cluster's time, which callers pass to the ports.
+    /// Returns the cluster's clock, whose instants callers pass to the ports.
     pub fn clock(&self) -> Arc<dyn Clock> {
         Arc::new(self.inner.time.clone())
     }
@@ -176,7 +176,7 @@ impl fmt::Debug for ClusterStore {
     }
 }
 
-/// Prepares the database, checks that it is this cluster's, and reads its history and time.
+/// Prepares the database, checks that it belongs to this cluster, and reads its history and time.
 async fn open_database(config: &Config) -> Result<(Database, History, Time), ConnectError> {
     let (options, timeout) = (postgres::options(config)?, config.start_timeout);
     retrying(timeout, |within| postgres::prepare(&options, config.migrate, within)).await?;
@@ -194,8 +194,8 @@ async fn open_database(config: &Config) -> Result<(Database, History, Time), Con
     Ok((database, history, time))
 }
 
-/// Retries an attempt until it succeeds, its failure is permanent, or the timeout is over. The
-/// argument of an attempt is its maximum time.
+/// Repeats `connect` until it succeeds or fails permanently, or the timeout is over. The argument
+/// of `connect` is the maximum time of the attempt.
 async fn retrying<T, F>(
     start_timeout: Duration,
     mut connect: impl FnMut(Duration) -> F,
@@ -207,7 +207,7 @@ where
     let left = || until.saturating_duration_since(Instant::now());
     let mut failures = 0;
     loop {
-        // The futures of the client libraries are large.
+        // Boxed, because the futures of the client libraries are large.
         let outcome = Box::pin(connect(left().min(ATTEMPT))).await;
         let Err(ConnectError::Unreachable { server, setting, cause }) = outcome else {
             return outcome;
@@ -220,7 +220,8 @@ where
             error = %ConnectError::Unreachable { server, setting, cause },
             "connection failed, retrying"
         );
-        // The last attempts have shorter intervals, and each attempt has a minimum time.
+        // The wait takes at most half of the remaining time, and leaves the rest to the next
+        // attempt.
         failures += 1;
         sleep(BACKOFF.delay(failures, rand::random()).min(left() / 2)).await;
     }

@@ -1,8 +1,8 @@
 //! The description of every table of the schema.
 //!
 //! The tables and statements by which a single node is moved in, and the canonical rows that verify
-//! the transfer, are generated from it. A test compares it with the schema, so a new table or
-//! column needs an entry here and a migration.
+//! the transfer, are generated from this description. A test compares it with the schema, so a new
+//! table or column needs an entry here and a migration.
 
 use std::fmt::Write as _;
 
@@ -34,37 +34,37 @@ struct Column {
 /// The part of a column in a transfer and in canonical rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// In both.
+    /// Moved, and part of the canonical row.
     Value,
-    /// In both. The canonical row has the SHA-256 of the value.
+    /// As `Value`, but the canonical row has the SHA-256 of the value.
     LargeValue,
-    /// In both, as 0 or 1.
+    /// As `Value`. A boolean here, 0 or 1 in the other store and in the canonical row.
     Flag,
-    /// In both. Here a smaller number.
+    /// As `Value`. A number with a smaller type here.
     SmallNumber,
-    /// In both: the key of a table without accounts. Canonical rows are found by it.
+    /// As `Value`: the key of a table without accounts, by which canonical rows are found.
     Key,
     /// The number of an account. The account gets another number here, and the canonical row has
     /// its identity key instead.
     Account,
-    /// As `Account`, and the rows of an account have an order, that of the named column. The
-    /// canonical row has the identity key and the position.
+    /// As `Account`, in a table where the named column orders the rows of an account. The canonical
+    /// row has the identity key and the position in that order.
     AccountInOrder(&'static str),
     /// A number that this store assigns, in the order of the numbers of the other store. Not in
     /// canonical rows.
     RowNumber,
-    /// As `RowNumber`, and the rows with one value of the named column have an order. The canonical
-    /// row has the position.
+    /// As `RowNumber`, in a table where this number orders the rows with the same value of the
+    /// named column. The canonical row has the position in that order.
     OrderWithin(&'static str),
-    /// As `RowNumber`, of a table without accounts. Canonical rows are found by the new number.
+    /// As `RowNumber`, in a table without accounts. Canonical rows are found by the new number.
     Renumbered,
     /// A key that is unique here. A row whose key exists already is not moved, so rows with a key
     /// are not canonical.
     UniqueKey,
-    /// An expression in SQL for rows that are moved in. Not in canonical rows.
+    /// Set to this SQL expression in moved rows. Not in canonical rows.
     Set(&'static str),
-    /// A value that follows from other columns and is computed later, or a column of a table that
-    /// is not moved. In neither.
+    /// Neither moved nor in canonical rows: a value that is computed later from other columns, or a
+    /// column of a table that is not moved.
     Local,
 }
 
@@ -139,7 +139,8 @@ static TABLES: &[TableDescription] = &[
             value("payload_sha256"),
             // Hashed again, because a transfer does not rely on the stored hash.
             column("payload", Role::LargeValue),
-            // Moved messages have their payloads. The canonical rows are read before any other.
+            // Moved messages have their payloads in their rows. The canonical rows are read before
+            // any other message exists in these inboxes.
             local("payload_id"),
             local("size"),
         ],
@@ -163,7 +164,7 @@ static TABLES: &[TableDescription] = &[
         content: Content::Transferred(Table::KeyPackage),
         columns: &[
             column("id", Role::RowNumber),
-            // They are taken in the order of their upload.
+            // KeyPackages are taken in the order of their upload.
             column("owner", Role::AccountInOrder("id")),
             value("fingerprint"),
             column("last_resort", Role::Flag),
@@ -188,7 +189,7 @@ static TABLES: &[TableDescription] = &[
         content: Content::Transferred(Table::Device),
         columns: &[
             column("id", Role::RowNumber),
-            // The order of their registration.
+            // Devices have the order of their registration.
             column("account", Role::AccountInOrder("id")),
             value("device"),
             value("name"),
@@ -231,7 +232,7 @@ static TABLES: &[TableDescription] = &[
         name: "group_member",
         content: Content::Transferred(Table::GroupMember),
         columns: &[
-            // The order in which they joined.
+            // Members have the order in which they joined.
             column("id", Role::OrderWithin("group_id")),
             value("group_id"),
             column("account", Role::Account),
@@ -385,9 +386,9 @@ impl TableDescription {
     }
 }
 
-/// Returns the statements that create the tables `import_…`, where rows wait to be moved in: the
-/// columns of the other store, and for accounts and renumbered rows the new number. They are no
-/// part of the schema, and exist only during a transfer.
+/// Returns the statements that create the tables `import_…`, where rows wait to be moved in. They
+/// have the columns of the other store, and for accounts and renumbered rows a column for the new
+/// number. These tables are not part of the schema, and exist only during a transfer.
 pub(crate) fn create_import_tables() -> String {
     let mut sql = String::new();
     for (table, TableDescription { name, columns, .. }) in TableDescription::moved() {

@@ -4,7 +4,7 @@
 //! agree to a few milliseconds, also with wrong clocks of their own. Neither clock is trusted
 //! alone. Data is removed only when it has expired by both clocks, and the time for which data is
 //! kept counts from the later of the two. An edge whose own clock differs by more than
-//! [`Clocks::max_skew`] is not ready; that ends when the clocks agree again.
+//! [`Clocks::max_skew`] is not ready until the clocks agree again.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -18,8 +18,8 @@ use crate::metrics as names;
 /// The sources of the store's time.
 #[derive(Clone)]
 pub struct Clocks {
-    /// The clock of this machine. None where the time is injected: then the instant passed with
-    /// each call stands for it, and for Redis' time.
+    /// The clock of this machine. `None` in tests that set the time: the instant of each call then
+    /// replaces this clock and the time of Redis.
     pub edge: Option<Arc<dyn Clock>>,
     /// Maximum difference between the edge's and Postgres' clock.
     pub max_skew: Duration,
@@ -64,13 +64,13 @@ struct Anchor {
 pub(crate) struct Bounds {
     /// Data that has not expired at this instant is kept.
     pub(crate) earliest: UnixMillis,
-    /// The instant from which the time for which data is kept counts.
+    /// The instant from which the lifetime of new data counts.
     pub(crate) latest: UnixMillis,
     /// The time to store: Postgres' where the clocks disagree.
     pub(crate) agreed: UnixMillis,
 }
 
-/// The edge's clock is wrong, or Postgres' is.
+/// The error if the clocks of the edge and of Postgres differ by too much.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the clock of this edge is {difference:?} {direction} that of Postgres, at most {max_skew:?} \
@@ -103,7 +103,8 @@ impl Time {
         }
     }
 
-    /// Whether the clocks agree now, as far as Postgres' has been observed.
+    /// Checks that the clocks agree now, by the last observation of Postgres' clock. Logs each
+    /// change of the result.
     pub(crate) fn check(&self) -> Result<(), Skewed> {
         let skewed = self.skewed();
         let before = std::mem::replace(&mut self.0.observed.lock().skewed, skewed.is_some());
@@ -127,8 +128,8 @@ impl Time {
         }
     }
 
-    /// The bounds of the present, from the caller's time `now` and Postgres' time `postgres`. NULL
-    /// if Postgres was not asked.
+    /// Returns the bounds of the present, from the caller's time `now` and Postgres' time
+    /// `postgres`; `None` if Postgres was not asked.
     pub(crate) fn bounds(&self, now: UnixMillis, postgres: Option<UnixMillis>) -> Bounds {
         let (edge, postgres) = (self.edge().unwrap_or(now), postgres.unwrap_or(now));
         let earliest = now.min(edge).min(postgres);
@@ -159,8 +160,8 @@ impl Time {
 }
 
 impl Clock for Time {
-    /// Returns Postgres' time; while the clocks disagree the earlier of both, so that nothing
-    /// expires too early.
+    /// Returns Postgres' time. While the clocks disagree, returns the earlier of both times, so
+    /// that nothing expires too early.
     fn now(&self) -> UnixMillis {
         match (self.edge(), self.postgres()) {
             (Some(edge), Some(postgres)) if self.skewed().is_some() => postgres.min(edge),
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_expires_before_both_clocks_say_so_and_a_promise_counts_from_the_later() {
+    async fn data_expires_by_both_clocks_and_is_kept_from_the_later_one() {
         let (time, _) = time(NOON.plus(100 * DAY));
         let ahead = time.bounds(NOON, Some(NOON));
         let late = NOON.plus(100 * DAY);

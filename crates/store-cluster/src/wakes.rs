@@ -1,10 +1,10 @@
 //! The waiting calls of this edge, and their wakes.
 //!
-//! A read of an inbox that a call here waits for registers this edge with the inbox in Redis, in
-//! the script that reads. A change of the inbox reads the registrations in the script that makes
-//! the change, and sends each of those edges one wake through NATS. So either the read sees the
-//! message, or the message finds the waiting edge. The wake names the channel if there is one, and
-//! wakes only the calls that wait for it. A registration lasts for a fixed time, whether or not it
+//! If a call here waits for an inbox, the script that reads the inbox in Redis also registers this
+//! edge as waiting. The script that changes the inbox returns the registered edges, and each of
+//! them receives one wake through NATS. So either the read sees the message, or the message finds
+//! the waiting edge. A wake names the channel of the change, if the change has only one, and wakes
+//! only the calls that read that channel. A registration lasts for a fixed time, whether or not it
 //! was used. If any of these steps fails, a poll of the heads, every few seconds for all calls that
 //! wait here, finds the message.
 
@@ -38,12 +38,12 @@ use crate::{
 const RENEW_AFTER: Duration = Duration::from_secs(60);
 const _: () = assert!(RENEW_AFTER.as_secs() < REGISTERED.as_secs());
 
-/// Concurrent calls of Redis for the queues of one batch.
+/// Maximum concurrent calls of Redis for the queues of one batch.
 const PUSHES: usize = 64;
-/// Maximum bytes of a batch that are added to queues. A message of a MiB to all members of a large
+/// Maximum bytes of a batch that are added to queues. A message of 1 MiB to all members of a large
 /// group would be gigabytes, most of them for queues that are not loaded.
 const PUSHED: usize = 64 << 20;
-/// Heads in one statement of a poll.
+/// Maximum heads in one statement of a poll.
 const POLLED: usize = 1_000;
 
 /// The waiting calls of this edge, and the ways to wake those of others. Cheap to clone.
@@ -73,7 +73,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Whether a read as far as `seen` misses something.
+    /// Returns whether a read up to `seen` has missed messages of this state.
     fn is_news_to(self, seen: Self) -> bool {
         self.store_id != seen.store_id || self.head > seen.head
     }
@@ -85,8 +85,8 @@ struct Subscriber {
     woken: Notify,
     /// The position up to which a call of this reader has read the view on this edge, if any has.
     seen: Mutex<Option<Seen>>,
-    /// When to wake without a cause: a lease that hid messages ends, or the registration is
-    /// renewed.
+    /// The instant of a wake without a change: a lease that hid messages ends, or the registration
+    /// must be renewed.
     wake_at: Mutex<Option<Instant>>,
     /// Notified when `wake_at` changes.
     rescheduled: Notify,
@@ -112,12 +112,12 @@ impl WakeRegistry {
         self.table.inboxes.lock().keys().copied().collect()
     }
 
-    /// Returns this edge, if a call here waits for the inbox.
+    /// Returns the id of this edge, if a call here waits for the inbox.
     pub(crate) fn waiting_edge(&self, inbox: &IdentityKey) -> Option<&str> {
         self.table.inboxes.lock().contains_key(inbox).then_some(&*self.edge.0)
     }
 
-    /// Records a read, and the lease that it took of the page.
+    /// Records a read, and the lease of its page if it has one.
     pub(crate) fn record_read(
         &self,
         read: &ReadQuery,
@@ -201,12 +201,12 @@ impl WakeRegistry {
         }
     }
 
-    /// Reads the heads of all inboxes that calls here wait for, each `every` and after each time
-    /// that NATS was disconnected.
+    /// Reads the heads of all inboxes that calls here wait for, at intervals of about `every`, and
+    /// whenever NATS is connected again.
     pub(crate) async fn poll(self, database: Database, history: History, every: Duration) {
         let mut back = self.bus.reconnects();
         loop {
-            // Edges that started together do not poll together.
+            // Random intervals, so that edges that started together do not poll together.
             let pause = every.mul_f64(0.8 + 0.4 * rand::random::<f64>());
             tokio::select! {
                 () = sleep(pause) => {}
@@ -256,7 +256,7 @@ impl Table {
         Subscription { table: Arc::clone(self), inbox, subscriber }
     }
 
-    /// Records a read of a view, and the lease that it took of the page.
+    /// Records a read of a view, and the lease of its page if it has one.
     fn record_read(&self, read: &ReadQuery, shown: &VisiblePage, lease: Option<&LeaseId>) {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(&read.reader.inbox) else { return };
@@ -267,14 +267,14 @@ impl Table {
             let mut seen = subscriber.seen.lock();
             let news = seen.is_some_and(|seen| now.is_news_to(seen));
             if left && news {
-                // The poll no longer finds this.
+                // Woken now, because with the new `seen` the poll would not find these messages.
                 subscriber.woken.notify_one();
             }
             if news || seen.is_none() {
                 *seen = Some(now);
             }
             if let Some(wait) = shown.stopped_for {
-                // A moment later, so that it has ended by then.
+                // 5 ms later, so that the lease has ended by then.
                 let at = Instant::now() + wait + Duration::from_millis(5);
                 *subscriber.wake_at.lock() = Some(at);
                 subscriber.rescheduled.notify_one();
@@ -295,8 +295,8 @@ impl Table {
     }
 }
 
-/// Returns the edges that wait. Without an answer of Redis these are unknown, and they find the
-/// change with their next poll.
+/// Returns the edges that wait, or none if Redis failed. The edges then find the change with their
+/// next poll.
 fn known<T>(waiting: StoreResult<Vec<T>>) -> Vec<T> {
     waiting.unwrap_or_else(|error| {
         tracing::debug!(%error, "redis missed a change of an inbox");
@@ -304,7 +304,7 @@ fn known<T>(waiting: StoreResult<Vec<T>>) -> Vec<T> {
     })
 }
 
-/// The channel that the messages are all in, or all channels.
+/// Returns the channel of the messages if all have the same one, otherwise all channels.
 fn common_view(messages: &[Queued]) -> View {
     match messages {
         [first, rest @ ..] => {
@@ -334,8 +334,8 @@ impl Wake for Subscription {
         Box::pin(async move {
             let subscriber = &*self.subscriber;
             loop {
-                // Kept beyond this wait, because a wait that is dropped often would otherwise never
-                // end.
+                // The instant outlives this future: a caller that drops the future often would
+                // otherwise never reach it.
                 let at = *subscriber.wake_at.lock().get_or_insert(again);
                 tokio::select! {
                     biased;

@@ -28,7 +28,7 @@ const ADD: &str = "
     SELECT $1, l.account, $4, $3 FROM unnest($2::int8[]) WITH ORDINALITY AS l (account, place)
      ORDER BY l.place ON CONFLICT (group_id, account) DO NOTHING";
 
-/// Gives members the role of an admin.
+/// Promotes the listed members to admins.
 const PROMOTE_LISTED: &str = "
     UPDATE group_member SET role = 1
      WHERE group_id = $1 AND account = ANY ($2::int8[]) AND role = 0";
@@ -60,14 +60,14 @@ const UPDATE: &str = "
                          settings = coalesce($4, settings), version = version + 1
      WHERE id = $1 RETURNING version";
 
-/// Creates a group, or finds the one that exists. Returns `None` if the one that it conflicts with
-/// was removed meanwhile.
+/// Creates a group, or finds the existing one. Returns `None` if a conflicting group was removed
+/// meanwhile.
 pub(super) struct CreateGroup<'a>(pub(super) &'a NewGroup);
 
 impl Statement for CreateGroup<'_> {
     type Output = Option<Result<Creation, GroupRefusal>>;
 
-    /// A repeat would find the group of the first attempt, and not have created it.
+    /// A repeat would find the group of the first attempt and report it as an existing one.
     const REPEAT: Repeat = Repeat::Never;
     const SCOPE: Scope = Scope::Transaction;
 
@@ -127,7 +127,7 @@ impl CreateGroup<'_> {
         }
     }
 
-    /// Returns the group that exists, or why another one prevents that it is created.
+    /// Returns the outcome if a group with the same pair or id exists.
     async fn find(
         &self,
         connection: &mut PgConnection,
@@ -172,7 +172,7 @@ pub(super) struct AddMembers<'a> {
 impl Statement for AddMembers<'_> {
     type Output = Result<u32, GroupRefusal>;
 
-    /// A repeat would count none as new.
+    /// A repeat would count no new members, since the first attempt has added them.
     const REPEAT: Repeat = Repeat::Never;
     const SCOPE: Scope = Scope::Transaction;
 
@@ -202,15 +202,15 @@ impl Statement for AddMembers<'_> {
     }
 }
 
-/// Returns the accounts of the keys, each once and in their order, if there is one for each and
-/// they may be one group.
+/// Returns the accounts of the keys, in order and without duplicates. Refuses a key without an
+/// account, and more keys than a group may have members.
 async fn resolve(
     connection: &mut PgConnection,
     keys: &[IdentityKey],
 ) -> sqlx::Result<Result<Vec<i64>, GroupRefusal>> {
     let mut seen = HashSet::with_capacity(keys.len());
     let distinct: Vec<_> = keys.iter().copied().filter(|key| seen.insert(*key)).collect();
-    // A creator who is not among them is one more member.
+    // A creator whose key is not listed is counted by the caller.
     if distinct.len() > MAX_MEMBERS {
         return Ok(Err(GroupRefusal::Full));
     }
@@ -223,7 +223,7 @@ async fn resolve(
 }
 
 /// Adds the accounts that are not members, and promotes the others if the role is admin. Returns
-/// the number of added ones.
+/// the number of added accounts.
 async fn add(
     connection: &mut PgConnection,
     group: &GroupId,
@@ -244,7 +244,7 @@ async fn add(
     Ok(add.execute(connection).await?.rows_affected())
 }
 
-/// Removes a member, and the group with its last one.
+/// Removes a member. Removes the group with its last member.
 pub(super) struct RemoveMember {
     pub(super) group: GroupId,
     pub(super) actor: AccountId,
@@ -288,7 +288,7 @@ impl Statement for RemoveMember {
     }
 }
 
-/// Removes a locked group without members. Any other one has an admin afterwards.
+/// Removes a locked group if it has no members. Otherwise makes sure that it has an admin.
 async fn after_removal(connection: &mut PgConnection, group: &GroupId) -> sqlx::Result<()> {
     let group = &group.as_bytes()[..];
     let has_members = sqlx::query_scalar(HAS_MEMBERS).bind(group).fetch_one(&mut *connection);
@@ -310,7 +310,7 @@ pub(super) struct UpdateMetadata<'a> {
 impl Statement for UpdateMetadata<'_> {
     type Output = Result<u64, GroupRefusal>;
 
-    /// A repeat would find the version that the first attempt led to.
+    /// A repeat would find the version of the first attempt, and refuse or repeat the change.
     const REPEAT: Repeat = Repeat::Never;
     const SCOPE: Scope = Scope::Transaction;
 

@@ -1,7 +1,7 @@
 //! Groups in Postgres: the members, the metadata and the epoch of a channel, and messages to
 //! members.
 //!
-//! A change locks the group first, by a statement of its own. The members and roles that later
+//! A change locks the group first, by a separate statement. The members and roles that later
 //! statements of the transaction read therefore stay the same until its end. Reads lock nothing,
 //! and each is one statement.
 
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// Maximum attempts to create a group that is created and removed by others meanwhile.
+/// Maximum attempts to create a group that other calls create and remove meanwhile.
 const MAX_ATTEMPTS: u32 = 8;
 
 const LOCK: &str = "
@@ -64,7 +64,7 @@ const INFO: &str = "
       FROM mls_group g LEFT JOIN group_member v ON v.group_id = g.id AND v.account = $2
      WHERE g.id = $1";
 
-/// Other calls create and remove the group faster than this one reads it.
+/// The error if other calls create and remove the group faster than this one reads it.
 #[derive(Debug, thiserror::Error)]
 #[error("the group was created and removed during each of {MAX_ATTEMPTS} attempts")]
 struct GroupChanged;
@@ -142,7 +142,7 @@ struct Locked {
     postgres: Option<UnixMillis>,
 }
 
-/// Locks a group. `None` if there is none with the id.
+/// Locks a group. Returns `None` if no group has the id.
 async fn lock(connection: &mut PgConnection, group: &GroupId) -> sqlx::Result<Option<Locked>> {
     let row = sqlx::query(LOCK).bind(&group.as_bytes()[..]).fetch_optional(connection).await?;
     row.map(|row| {

@@ -1,9 +1,9 @@
 //! The transaction of a message to a group, and of its commit.
 //!
-//! The group is locked before the heads of the inboxes, so of concurrent commits for one epoch the
-//! first to lock it is accepted, and the others find a later epoch and write nothing. A commit with
-//! a message id is remembered with its result for [`REMEMBERED`], so that a repeat gets that result
-//! and not a stale epoch.
+//! The group is locked before the heads of the inboxes. Of concurrent commits for one epoch, the
+//! first to lock the group is accepted. The others find a later epoch and write nothing. A commit
+//! with a message id is remembered with its result for [`REMEMBERED`], so that a repeat gets that
+//! result and is not refused for its stale epoch.
 
 use std::time::Duration;
 
@@ -22,11 +22,12 @@ use crate::{
     time::Time,
 };
 
-/// Time for which an accepted commit is remembered. Longer than clients repeat a call without an
-/// answer.
+/// Time for which an accepted commit is remembered. Clients stop repeating an unanswered call
+/// earlier.
 pub(super) const REMEMBERED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// $4: the instant after which a commit is remembered.
+/// Returns the epoch and the result of a remembered commit. Commits up to the instant $4 are
+/// forgotten.
 const FIRST_RESULT: &str = "
     SELECT epoch, outcome FROM group_commit
      WHERE group_id = $1 AND account = $2 AND message_id = $3 AND committed_at > $4";
@@ -35,7 +36,7 @@ const ALL: &str = "
     SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
      WHERE m.group_id = $1 ORDER BY m.account";
 
-/// As [`ALL`], without the sender $2 unless it has another device than $3.
+/// As [`ALL`], but includes the sender $2 only if it has another device than $3.
 const OTHERS: &str = "
     SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
      WHERE m.group_id = $1
@@ -47,7 +48,7 @@ const OTHERS: &str = "
 const RAISE_EPOCH: &str = "
     UPDATE mls_group SET epoch = $2, group_info = coalesce($3, group_info) WHERE id = $1";
 
-/// Remembers a commit, in place of one with the same id that a sweep has yet to remove.
+/// Stores a commit. Replaces a forgotten one with the same id that no sweep has removed yet.
 const REMEMBER: &str = "
     INSERT INTO group_commit (group_id, account, message_id, epoch, committed_at, outcome)
     VALUES ($1, $2, $3, $4, $5, $6)
@@ -55,8 +56,7 @@ const REMEMBER: &str = "
        SET epoch = excluded.epoch, committed_at = excluded.committed_at,
            outcome = excluded.outcome";
 
-/// Removes the commits that are remembered no longer. $1 now, $2 rows. Seven days are
-/// [`REMEMBERED`].
+/// Removes commits that are older than [`REMEMBERED`], 604 800 000 ms. $1 now, $2 rows.
 pub(crate) const FORGET_COMMITS: &str = "
     DELETE FROM group_commit WHERE ctid = ANY (ARRAY (
         SELECT ctid FROM group_commit
@@ -75,7 +75,7 @@ pub(super) struct SendToGroup<'a> {
 /// An accepted message and its effects.
 pub(super) struct Sent {
     pub(super) sent: GroupSent,
-    /// The message to each recipient. None if an accepted commit is repeated.
+    /// The message to each recipient. Empty if an accepted commit is repeated.
     pub(super) messages: Vec<NewMessage>,
     pub(super) outcomes: Outcomes,
 }
@@ -83,7 +83,7 @@ pub(super) struct Sent {
 impl Statement for SendToGroup<'_> {
     type Output = Result<Sent, GroupRefusal>;
 
-    /// A caller repeats a message by its id.
+    /// A repeat is left to the caller, whose message id makes it safe.
     const REPEAT: Repeat = Repeat::Never;
     const SCOPE: Scope = Scope::Transaction;
 
@@ -124,7 +124,7 @@ impl Statement for SendToGroup<'_> {
 }
 
 impl SendToGroup<'_> {
-    /// Returns the result of the accepted commit that this one repeats.
+    /// Returns the result of the accepted commit that this message repeats.
     async fn first_result(
         &self,
         connection: &mut PgConnection,

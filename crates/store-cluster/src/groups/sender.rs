@@ -1,8 +1,8 @@
 //! Sends messages to groups, a few at a time and apart from the committers of single messages.
 //!
-//! A message to a group locks up to ten thousand inboxes. The senders are so few that most
-//! connections are left to other calls, and they admit calls by a budget of their own, so messages
-//! to groups that wait do not keep single messages from being committed.
+//! A message to a group locks up to ten thousand inboxes. The senders are few, so most connections
+//! are left to other calls. The senders admit calls by a budget of their own, so waiting messages
+//! to groups do not delay the commits of single messages.
 
 use qpq_domain::DeliveryLimits;
 use qpq_ports::{
@@ -22,21 +22,21 @@ use crate::{
     time::Time,
 };
 
-/// Transactions at a time, as of the committers: one waits for the disk while the other is
+/// Concurrent transactions. As with the committers, one waits for the disk while the other is
 /// prepared.
 const SENDERS: usize = 2;
 
-/// Memory of a message for each recipient, in addition to the payload.
+/// Memory of a message for each recipient in addition to the payload, in bytes.
 const RECIPIENT_BYTES: usize = 256;
 
-/// Maximum bytes of a message in the rows of its recipients together. The payload of a larger
-/// message is stored once. In all rows, it would keep the inboxes locked for seconds: 64 KiB for
-/// 10 000 members take 8 s in their rows.
+/// Maximum bytes of a payload in the rows of all recipients together. A larger payload is stored
+/// once: a copy in each row would keep the inboxes locked for seconds. 64 KiB for 10 000 members
+/// take 8 s.
 const IN_ROWS: usize = 64 << 20;
 
 const COUNT: &str = "SELECT count(*) FROM group_member WHERE group_id = $1";
 
-/// The message is too large for the rows of its recipients, and could not be stored once.
+/// The error if a message is too large for the rows of its recipients and cannot be stored once.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "a message of {bytes} bytes to {recipients} inboxes cannot be sent while an edge of an earlier \
@@ -47,7 +47,7 @@ struct OlderEdgesConnected {
     recipients: usize,
 }
 
-/// Sends messages to groups. Cheap to clone.
+/// The senders of messages to groups. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct GroupSenders {
     database: Database,
@@ -62,7 +62,7 @@ type Call = batcher::Call<Waiting, StoreResult<Result<GroupSent, GroupRefusal>>>
 #[derive(Debug)]
 struct Waiting {
     message: GroupMessage,
-    /// The span of the call, in whose trace the transaction is shown.
+    /// The span of the call, whose trace shows the transaction.
     span: Span,
     _permit: AdmissionPermit,
 }
@@ -144,8 +144,8 @@ impl Statement for CountMembers<'_> {
     }
 }
 
-/// Marks the cluster unless it is marked, by a transaction of its own: the lock that it takes comes
-/// after those of inboxes.
+/// Marks the cluster unless it is marked. A separate transaction, because in the order of locks the
+/// table `cluster` comes after the inboxes.
 struct MarkCluster<'a>(&'a ClusterMark);
 
 impl Statement for MarkCluster<'_> {
@@ -175,7 +175,7 @@ struct GroupSender {
 impl BatchWorker for GroupSender {
     type Item = Call;
 
-    /// A group is one transaction.
+    /// Each message to a group is one transaction.
     const LIMIT: BatchSize = BatchSize { count: 1, bytes: usize::MAX };
 
     async fn run(&mut self, calls: Vec<Call>) {
@@ -184,7 +184,8 @@ impl BatchWorker for GroupSender {
             let send = SendToGroup { message: &message, limits, time, mark };
             match self.database.run(&send).instrument(span).await {
                 Ok(Ok(Sent { sent, messages, outcomes })) => {
-                    // The message is durable, whether or not Redis can be updated.
+                    // Answered first, since the message is durable whether or not Redis can be
+                    // updated.
                     answer.send(Ok(Ok(sent)));
                     if let Some(accepted) = outcomes.accepted(&messages) {
                         self.history.note(accepted.store_id);

@@ -1,8 +1,9 @@
 //! Devices that are absent while their messages fill much of their inbox. Their position is moved
 //! to the newest message, a bounded number of messages in each transaction.
 //!
-//! The device is marked first, and then moved on by later sweeps until it is at the newest message
-//! or reads. Its reads are refused until its client has confirmed the new position.
+//! The first step marks the device, whose reads are refused until its client has confirmed the new
+//! position. Later sweeps move the device further, until it reaches the newest message or its
+//! client reads.
 
 use qpq_domain::{DeliveryLimits, IdentityKey, UnixMillis};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
@@ -10,7 +11,8 @@ use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use super::{done::remove_spent, payloads::size};
 use crate::postgres::row::{Columns as _, millis, millis_of, number};
 
-/// The newest last read of an absent device. $1 now, $2 the time after which a device is absent.
+/// The latest instant at which an absent device may have read. $1 now, $2 the time without a read
+/// after which a device is absent.
 macro_rules! away {
     () => {
         "(SELECT least($1, store_now()) - $2)"
@@ -19,7 +21,7 @@ macro_rules! away {
 
 /// Locks the head of an inbox with a device to move. Inboxes whose heads are locked are left to the
 /// next sweep. $3 and $4: the messages and bytes that may wait for an absent device. Only inboxes
-/// with more are searched.
+/// with more messages or bytes are searched.
 const FIND: &str = concat!(
     "SELECT d.id, i.id AS inbox, a.identity
        FROM device d JOIN inbox i ON i.id = d.account JOIN account a ON a.id = i.id
@@ -59,12 +61,12 @@ const MOVE: &str = concat!(
     SELECT b.upto AS after, v.upto, b.position_lost FROM moved v CROSS JOIN before b"
 );
 
-/// The time after which a device is absent, and the messages and bytes that may wait for it then.
+/// The parameters of a move.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Absence<'a> {
     pub(crate) limits: &'a DeliveryLimits,
     pub(crate) now: UnixMillis,
-    /// Maximum messages that it is moved over in one transaction.
+    /// Maximum messages that a device is moved over in one transaction.
     pub(crate) rows: i64,
 }
 
@@ -73,11 +75,11 @@ pub(crate) struct Absence<'a> {
 pub(crate) struct Moved {
     /// Rows removed or changed.
     pub(crate) rows: u64,
-    /// The account, if its device was marked by this step.
+    /// The account of the device, if this step marked it.
     pub(crate) marked: Option<IdentityKey>,
 }
 
-/// Moves one absent device, if there is one.
+/// Moves one absent device by one step, if there is one.
 pub(crate) async fn move_absent(
     connection: &mut PgConnection,
     absence: Absence<'_>,

@@ -1,14 +1,14 @@
-//! Group commit: the messages of all calls that wait are accepted in one transaction, and then
-//! answered. While one transaction commits, the next calls gather. The cost of a call falls with
-//! their number.
+//! Group commit: the messages of all waiting calls are accepted in one transaction, and then the
+//! calls are answered. While one transaction commits, calls for the next one gather. The more calls
+//! share a transaction, the less each of them costs.
 //!
 //! A transaction is bounded in messages and bytes, and the waiting messages of one sender fit in
 //! one transaction ([`qpq_ports::admission`]). So a large batch of one sender delays another
 //! sender's message by at most one transaction.
 //!
-//! A call goes to the committer of its inbox's shard. Messages to an inbox that arrive at this edge
-//! are therefore committed in the order of their arrival, and two committers of an edge rarely lock
-//! the same head.
+//! Each committer has a range of the inboxes, and a call goes to the committer of its first
+//! recipient. So single messages to an inbox are committed in the order in which they arrive at
+//! this edge, and two committers of an edge rarely lock the same head.
 
 use std::{mem, sync::Arc};
 
@@ -33,14 +33,14 @@ use crate::{
     time::Time,
 };
 
-/// Transactions at a time: one waits for the disk while the other is prepared. With more, each has
-/// fewer messages, and the fixed cost of a transaction is most of the cost of a message when few
-/// are in flight.
+/// The number of committers of an edge: one waits for the disk while the other prepares its
+/// transaction. With more committers, fewer messages would share the fixed cost of a transaction,
+/// which is most of the cost of a message when few messages are in flight.
 pub const COMMITTERS: usize = 2;
-/// Memory of a waiting message in addition to its payload.
+/// Memory of a waiting message in addition to its payload, in bytes.
 const MESSAGE_BYTES: usize = 256;
 
-/// Accepts messages. Cheap to clone.
+/// The committers of this edge. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Committers {
     committers: Arc<[Batcher<Call>]>,
@@ -54,7 +54,7 @@ type Call = batcher::Call<Messages, StoreResult<Vec<Enqueued>>>;
 struct Messages {
     messages: Vec<NewMessage>,
     bytes: usize,
-    /// The span of the call, in whose trace the commit is shown.
+    /// The span of the call, whose trace shows the commit.
     span: Span,
     _permit: AdmissionPermit,
 }
@@ -102,8 +102,8 @@ impl Committers {
     }
 }
 
-/// Returns which of `committers` an inbox belongs to: equal ranges of the first two bytes of its
-/// key, since keys are evenly distributed.
+/// Returns the index of an inbox's committer. Each of `committers` has an equal range of the first
+/// two bytes of the key, since keys are evenly distributed.
 fn committer_of(inbox: &IdentityKey, committers: usize) -> usize {
     let [high, low, ..] = *inbox.as_bytes();
     usize::from(u16::from_be_bytes([high, low])) * committers / (usize::from(u16::MAX) + 1)
@@ -142,8 +142,8 @@ impl BatchWorker for Committer {
         drop(shares);
         match outcome {
             Ok(outcomes) => self.committed(calls, &sizes, &messages, outcomes).await,
-            // The schema rejects one message, which does not happen otherwise. The other calls
-            // succeed.
+            // The schema rejects one of the messages, which no check before has refused. Each call
+            // is committed separately, so that the other calls succeed.
             Err(error) if error.kind() == PostgresErrorKind::Rejected && calls.len() > 1 => {
                 let mut messages = &messages[..];
                 for (call, size) in calls.into_iter().zip(sizes) {
@@ -195,7 +195,7 @@ impl Committer {
 }
 
 impl Messages {
-    /// Returns a span of this call's trace, if it is traced, for the commit of a batch.
+    /// Returns a span for the commit of a batch in the trace of this call, if the call is traced.
     fn share(&self, messages: usize) -> Option<Span> {
         let traced = !self.span.is_none();
         traced.then(

@@ -1,6 +1,6 @@
 //! Group completion: the pages of many completed leases are removed in one transaction. One
 //! transaction for each page would cost many times as much as the removal of its rows. Pages of
-//! single readers take one statement, those of devices a transaction of their own.
+//! single readers are removed by one statement, pages of devices by a transaction of several.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -24,10 +24,10 @@ use crate::{
     redis::queue::{RegistrationId, UNKNOWN_REMOVAL},
 };
 
-/// Transactions at a time.
+/// Concurrent transactions.
 const COMPLETERS: usize = 2;
 
-/// Completes leases. Cheap to clone.
+/// The completers of leases. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Completers(Batcher<Call>);
 
@@ -38,7 +38,7 @@ type Call = batcher::Call<CompletedPage, StoreResult<Completion>>;
 pub(super) struct CompletedPage {
     pub(super) store_id: StoreId,
     pub(super) inbox: i64,
-    /// None for the single reader.
+    /// The registration of the device; `None` for the single reader.
     pub(super) registration: Option<RegistrationId>,
     pub(super) seqs: Vec<Seq>,
     pub(super) now: UnixMillis,
@@ -47,9 +47,9 @@ pub(super) struct CompletedPage {
 /// The result of a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Completion {
-    /// The messages are removed, by the reader's removal with this number. The number is unknown if
-    /// no message of the page was left for the reader: an ack removed them, this edge removed them
-    /// and the answer of Postgres was lost, or the reader does not exist any more.
+    /// The messages are removed. The number is that of the reader's removal, or [`UNKNOWN_REMOVAL`]
+    /// if no message of the page was left for the reader: an ack removed them, this edge removed
+    /// them and the answer of Postgres was lost, or the reader does not exist any more.
     Removed(u64),
     /// The page is of another history than the present one. Nothing was removed.
     OtherHistory,
@@ -85,8 +85,8 @@ impl BatchWorker for Completer {
 
     async fn run(&mut self, mut pages: Vec<Call>) {
         while let [first, ..] = &pages[..] {
-            // Takes at most one page of each reader, so that each removal is that of one page, and
-            // only pages of one history.
+            // A batch has at most one page of each reader, so that each removal belongs to one
+            // page, and only pages of one history.
             let (mut readers, store_id) = (HashSet::new(), first.item.store_id);
             let of_devices = first.item.registration.is_some();
             let (batch, later) = pages.into_iter().partition(|Call { item, .. }| {

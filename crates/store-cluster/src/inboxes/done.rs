@@ -6,13 +6,14 @@
 //! for any number of messages. Messages that it finishes out of order are rows of `device_done`,
 //! until `upto` passes them.
 //!
-//! The heads of the inboxes are locked first, in the order of their numbers, and by a statement of
-//! their own: a later statement of the transaction sees what was committed before the locks, and
-//! until the commit no registration, revocation or other removal changes it. A message that waits
-//! for no device is deleted, as in every removal.
+//! The heads of the inboxes are locked first, in the order of their numbers and by a separate
+//! statement. Later statements of the transaction see everything that was committed before the
+//! locks, and until the commit no registration, revocation or other removal changes it. A message
+//! that waits for no device is deleted, as in every removal.
 //!
-//! OFFSET makes Postgres look up `device_done` by one probe of its index for each message. Without
-//! it, Postgres plans a join with the whole table, because it only guesses the lengths of arrays.
+//! In the queries, `OFFSET 0` makes Postgres look up `device_done` by one probe of its index for
+//! each message. Without it, Postgres plans a join with the whole table, because it only guesses
+//! the lengths of arrays.
 
 use std::time::Duration;
 
@@ -45,8 +46,8 @@ const LOCK_INBOX: &str = concat!(
 );
 
 /// The messages of an ack that wait for the device. $1 inbox, $2 device, $3 now, $4 the last seq of
-/// a range, $5 single seqs, $6 the channel. Returns one row with the registration and the seqs, of
-/// which there may be none.
+/// a range, $5 single seqs, $6 the channel. Returns one row with the registration and the seqs, if
+/// any.
 macro_rules! acked {
     ($view:literal) => {
         concat!(
@@ -67,9 +68,9 @@ const ACKED: &str = acked!("");
 const ACKED_IN_CHANNEL: &str = acked!(" AND m.channel = $6");
 
 /// Records finished messages. $1 registrations, $2 inboxes and $3 seqs, of which only the waiting
-/// ones count; $4 now. A page is in order if no other message up to its last one waits for the
-/// device; expired messages do not wait. Returns the newly finished messages, with the number of
-/// the removal of each device.
+/// ones count; $4 now. A page is in order if no other message up to the last one of the page waits
+/// for the device. Expired messages do not wait. Returns the newly finished messages of each
+/// device, and the number of its removal.
 const MARK: &str = "
     WITH done AS MATERIALIZED (
         SELECT d.id, d.account, d.device, d.upto, m.seq,
@@ -108,7 +109,7 @@ const MARK: &str = "
          WHERE NOT p.in_order)
     SELECT p.id, p.account, p.seqs, v.removals FROM placed p JOIN moved v ON v.id = p.id";
 
-/// Whether no device waits for a message `m`.
+/// The condition that a message `m` waits for no device.
 macro_rules! is_spent {
     () => {
         "NOT EXISTS (
@@ -141,7 +142,7 @@ DELETE FROM device_done o USING removed g WHERE o.inbox = g.inbox AND o.seq = g.
 }
 /// $1 and $4 inboxes and seqs.
 const SPENT: &str = spent!("FROM unnest($1::int8[], $4::int8[]) AS m (inbox, seq) WHERE true");
-/// $1 inbox, $4 after which seq, $5 up to which.
+/// $1 inbox, $4 the seq before the first message, $5 the last seq.
 const SPENT_BETWEEN: &str =
     spent!("FROM message m WHERE m.inbox = $1 AND m.seq > $4 AND m.seq <= $5");
 
@@ -159,7 +160,7 @@ pub(super) struct Done {
     pub(super) inbox: i64,
     pub(super) registration: RegistrationId,
     pub(super) seqs: Vec<Seq>,
-    /// The number of the removal among those of the device.
+    /// The number of this removal among the device's removals.
     pub(super) number: u64,
 }
 
@@ -206,11 +207,11 @@ pub(super) struct AckAsDevice<'a> {
 
 /// The outcome of an ack by a device.
 pub(super) enum DeviceAck {
-    /// None if no message was newly finished.
+    /// The removal; `None` if no message was newly finished.
     Done(Option<Removal>),
     /// The inbox has no such device.
     NoDevice,
-    /// The device's position was moved, and its client has not confirmed that.
+    /// The device's position was moved, and its client has not confirmed the new one.
     PositionLost,
 }
 
@@ -267,8 +268,8 @@ impl Statement for AckAsDevice<'_> {
     }
 }
 
-/// Records finished messages, and removes those that wait for no other device. The heads are
-/// locked.
+/// Records finished messages, and removes those that wait for no other device. The caller has
+/// locked the heads.
 async fn finish(
     connection: &mut PgConnection,
     pages: &[DonePage],
@@ -311,8 +312,8 @@ async fn finish(
     Ok(done)
 }
 
-/// Removes the messages of an inbox after a seq, up to another, that wait for no device; returns
-/// their number. The head is locked, and the inbox has devices.
+/// Removes the messages of an inbox that wait for no device, with seqs above `after` and up to
+/// `up_to`. Returns their number. The caller has locked the head, and the inbox has devices.
 pub(crate) async fn remove_spent(
     connection: &mut PgConnection,
     inbox: i64,

@@ -25,8 +25,8 @@ use crate::{
     time::{Bounds, Time},
 };
 
-/// The list of devices is as of before the lock: a registration that the lock waited for is
-/// missing. The list only determines the queues to push to.
+/// Locks the heads. The list of devices is from before the lock, so a registration that the lock
+/// waited for is missing. The list only determines the queues to push to.
 const LOCK: &str = concat!(
     "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry,
             CASE WHEN i.devices > 0 THEN ARRAY (SELECT id FROM device WHERE account = i.id) END
@@ -98,7 +98,7 @@ struct Head {
     next_expiry: i64,
     stale: Stale,
     postgres: Option<UnixMillis>,
-    /// None without registered devices.
+    /// The registered devices; `None` without any.
     devices: Option<Vec<RegistrationId>>,
     added: i64,
     added_bytes: i64,
@@ -106,7 +106,7 @@ struct Head {
     held: HashMap<IdentityKey, (u64, u64)>,
 }
 
-/// The outcome for a message, and when it expires if it was accepted.
+/// The outcome for a message, and the message's expiry if it was accepted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Outcome {
     pub(crate) enqueued: Enqueued,
@@ -116,9 +116,9 @@ pub(crate) struct Outcome {
 /// The outcomes for the messages of one transaction.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Outcomes {
-    /// The history that the seqs belong to; none if no message had a recipient.
+    /// The history that the seqs belong to; `None` if no recipient exists.
     pub(crate) store_id: Option<StoreId>,
-    /// In the order of the messages.
+    /// The outcome for each message, in their order.
     pub(crate) of_each: Vec<Outcome>,
     /// The devices of the inboxes that have any.
     pub(crate) devices: HashMap<IdentityKey, Vec<RegistrationId>>,
@@ -149,7 +149,7 @@ impl Outcomes {
     }
 }
 
-/// Accepts each message or returns the reason against it.
+/// Accepts each message or returns the reason for its refusal.
 ///
 /// A message is removed only after it has expired by both clocks, and its time to live counts from
 /// the later of the two.
@@ -163,7 +163,7 @@ pub(crate) struct Accept<'a> {
 impl Statement for Accept<'_> {
     type Output = Outcomes;
 
-    /// A caller repeats a message by its id.
+    /// A repeat is left to the caller, whose message ids make it safe.
     const REPEAT: Repeat = Repeat::Never;
     const SCOPE: Scope = Scope::Transaction;
 
@@ -224,8 +224,8 @@ impl Head {
     }
 
     /// Accepts the message unless the inbox is full, or is more than half full and the sender has
-    /// used up its share. `times` are those of its acceptance and of its expiry, `so_far` are the
-    /// decisions of this transaction.
+    /// used up its share. `times` are the instants of its acceptance and of its expiry. `so_far`
+    /// are the earlier decisions of this transaction.
     async fn decide(
         &mut self,
         connection: &mut PgConnection,
@@ -252,8 +252,8 @@ impl Head {
         Ok(Enqueued::Accepted(self.accept(message, times)))
     }
 
-    /// Returns the number and the bytes of the sender's messages in the inbox: exact below its
-    /// share of messages, and at least that share otherwise.
+    /// Returns the number and the bytes of the sender's messages in the inbox. The number is exact
+    /// below the sender's share of messages, and at least that share otherwise.
     async fn look_up(
         &self,
         connection: &mut PgConnection,
@@ -329,7 +329,7 @@ async fn lock(
     Ok((store_id, rows.iter().map(head).collect::<sqlx::Result<_>>()?))
 }
 
-/// Returns the receipts of repeated messages, by their place.
+/// Returns the receipts of repeated messages, by their index in `messages`.
 async fn known(
     connection: &mut PgConnection,
     heads: &HashMap<IdentityKey, Head>,

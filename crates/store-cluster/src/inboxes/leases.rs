@@ -1,6 +1,6 @@
 //! The leases of this edge. A lease is stored in Redis, visible to all edges, for a few seconds.
-//! While its page is on its way to the client, this edge renews it; if the edge is killed, the
-//! lease expires.
+//! While its page is on the way to the client, this edge renews the lease. If the edge is killed,
+//! the lease expires.
 
 use std::{
     collections::HashMap,
@@ -30,7 +30,7 @@ use crate::{
     wakes::WakeRegistry,
 };
 
-/// Renewals at a time.
+/// Maximum concurrent renewals.
 const RENEWALS: usize = 64;
 
 /// The leases of this edge. Cheap to clone.
@@ -59,13 +59,13 @@ struct Releasing {
     done: Arc<Notify>,
 }
 
-/// Messages that are hidden from other reads. Dropping it releases them soon.
+/// A lease of this edge. Dropping the guard starts the release of the lease.
 #[derive(Debug)]
 pub(super) struct LeaseGuard {
     leases: Leases,
     pub(super) id: LeaseId,
     pub(super) reader: ReaderId,
-    /// The messages that are leased; none while they are not known.
+    /// The leased messages. Empty until the read has returned them.
     pub(super) seqs: Vec<Seq>,
     ended: bool,
 }
@@ -77,7 +77,7 @@ impl Leases {
         Self { inner: Arc::new(Inner { edge, next, lasts, wakes, live, releasing, releases }) }
     }
 
-    /// Renews the leases of this edge, until it is dropped.
+    /// Renews the leases of this edge periodically. Never completes.
     pub(crate) async fn renew(self) {
         let mut ticks = interval(self.inner.lasts / 3);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -87,7 +87,7 @@ impl Leases {
         }
     }
 
-    /// Completes when the leases that are being released have ended.
+    /// Waits for the releases in progress.
     pub(crate) async fn close(&self) {
         let mut releases = mem::take(&mut *self.inner.releases.lock());
         while releases.join_next().await.is_some() {}
@@ -103,7 +103,7 @@ impl Leases {
         LeaseGuard { leases: self.clone(), id, reader, seqs: Vec::new(), ended: false }
     }
 
-    /// Completes when no lease of the reader is being released here.
+    /// Waits until this edge is releasing no lease of the reader.
     pub(super) async fn releases_ended(&self, reader: &ReaderId) {
         loop {
             let done = match self.inner.releasing.lock().get(reader) {
@@ -121,7 +121,7 @@ impl Inner {
             self.live.lock().iter().map(|(id, reader)| (id.clone(), *reader)).collect();
         stream::iter(live)
             .for_each_concurrent(RENEWALS, |(id, reader)| async move {
-                // After a failure the lease may end, and then its messages are read again.
+                // If the renewal fails, the lease may expire, and its messages are then read again.
                 let _ = self
                     .wakes
                     .redis()
@@ -152,7 +152,7 @@ impl LeaseGuard {
         LeaseTerm { lease: &self.id, lasts: self.leases.inner.lasts }
     }
 
-    /// Returns the guard of the lease of a page, if that has messages.
+    /// Adds the messages of the leased page to the guard. Returns `None` if the page is empty.
     pub(super) fn with(mut self, page: &Page) -> Option<Self> {
         self.seqs = page.envelopes.iter().map(|envelope| envelope.seq).collect();
         if self.seqs.is_empty() {
@@ -163,7 +163,7 @@ impl LeaseGuard {
         }
     }
 
-    /// Records that the lease has ended, or has no messages.
+    /// Ends the guard without a release: the lease has ended, or has no messages.
     pub(super) fn ended(mut self) {
         self.ended = true;
     }

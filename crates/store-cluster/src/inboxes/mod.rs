@@ -1,11 +1,11 @@
 //! Inboxes of the cluster: messages are accepted by Postgres (`committer`, `enqueue`), read from
 //! Redis where its copy is current and from Postgres otherwise, and removed from Postgres first.
 //!
-//! A read begins with the inbox's head in Postgres, which determines the present state, and the
-//! reader: the single reader of an inbox without devices, or a device, by the number of its
-//! registration. A queue in Redis that shows that state, or a later one, is read; any other is
-//! loaded again. Inboxes that are too large for a queue are read page by page from Postgres, and
-//! only leased in Redis.
+//! A read begins with the inbox's head in Postgres. The head determines the present state and the
+//! reader: the single reader of an inbox without devices, or a device, named by the number of its
+//! registration. A queue in Redis that shows that state or a later one is used. Any other queue is
+//! loaded again. An inbox that is too large for a queue is read from Postgres page by page, and
+//! Redis has only its leases.
 //!
 //! A completed page is removed under the lock of the head, by `remove` for the single reader and by
 //! `done` for devices.
@@ -60,14 +60,14 @@ use crate::{
     store::Inner,
 };
 
-/// Maximum attempts at a read whose messages are concurrently removed.
+/// Maximum attempts at a read of an inbox that changes meanwhile.
 const MAX_ATTEMPTS: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 #[error("the inbox changed during each of {MAX_ATTEMPTS} attempts to read it")]
 struct InboxChanged;
 
-/// The view and the page limit of a read.
+/// The parameters of a read.
 #[derive(Clone, Copy)]
 struct Request<'a> {
     query: &'a ReadQuery,
@@ -77,22 +77,22 @@ struct Request<'a> {
     hides: Hides,
 }
 
-/// Whether a read hides its messages from other reads.
+/// The effect of a read on other reads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Hides {
-    /// It is a lease.
+    /// A lease hides its messages.
     Yes,
-    /// It is a peek.
+    /// A peek hides nothing.
     No,
 }
 
-/// A read of an inbox by one reader that it has.
+/// A read of an inbox by one of its readers.
 #[derive(Clone, Copy)]
 struct InboxRead<'a> {
     request: Request<'a>,
     head: Head,
     reader: ReaderId,
-    /// The lease to begin; none for a peek.
+    /// The lease to begin; `None` for a peek.
     guard: Option<&'a LeaseGuard>,
 }
 
@@ -101,7 +101,8 @@ impl InboxRead<'_> {
         self.guard.map(LeaseGuard::term)
     }
 
-    /// Returns the state of the inbox for the reader, if it still is one.
+    /// Reads the head, and returns the state for the reader; `None` if it is not a reader of the
+    /// inbox any more.
     async fn present(&self, inner: &Inner) -> StoreResult<Option<State>> {
         let head = inner.heads.get(&self.request.query.reader).await?.head;
         let is_same = |head: &Head| {
@@ -114,7 +115,7 @@ impl InboxRead<'_> {
 /// The result of a read.
 struct Found {
     page: Page,
-    /// The source of the messages; none if there is no such inbox.
+    /// The number of the inbox; `None` if it does not exist.
     inbox: Option<i64>,
     /// The lease of the page, if one was begun and it has messages.
     guard: Option<LeaseGuard>,
@@ -123,14 +124,14 @@ struct Found {
 /// The result of an attempt at a read.
 enum Attempt {
     Page(VisiblePage),
-    /// The queue cannot have all that waits for the reader.
+    /// The messages that wait for the reader do not fit a queue.
     TooLarge,
     /// The inbox has changed meanwhile.
     Changed,
 }
 
 impl Inner {
-    /// Returns the present page of the read, leased if that is requested.
+    /// Returns the present page, and leases its messages unless the read is a peek.
     async fn read(&self, request: Request<'_>) -> Result<Found, ReadError> {
         let (mut registered, mut too_large) = (false, false);
         let mut guard: Option<LeaseGuard> = None;
@@ -155,8 +156,8 @@ impl Inner {
                 if !registered {
                     self.register(&reader).await?;
                     registered = true;
-                    // A message that was committed before the registration is in a head that is
-                    // read after it.
+                    // Reads the head again: a message that was committed before the registration is
+                    // in it, and a later one wakes this edge.
                     continue;
                 }
                 self.read_postgres(read).await?
@@ -175,7 +176,7 @@ impl Inner {
         Err(StoreError::conflict(InboxChanged).into())
     }
 
-    /// Checks that the head lets its reader read, and records that a device does.
+    /// Checks that the reader may read the inbox, and records the read of a device.
     async fn admit(&self, head: &Head, now: UnixMillis) -> Result<(), ReadError> {
         let position = match head.access {
             Access::Single => return Ok(()),
@@ -186,7 +187,7 @@ impl Inner {
         if position.is_lost { Err(ReadError::PositionLost) } else { Ok(()) }
     }
 
-    /// Reads from the queue in Redis, which is loaded if it is missing.
+    /// Reads from the queue in Redis. Loads the queue if it is missing.
     async fn read_queue(&self, read: InboxRead<'_>) -> StoreResult<Attempt> {
         let InboxRead { request, head, reader, .. } = read;
         let Request { query, after, limit, now, .. } = request;
@@ -224,14 +225,15 @@ impl Inner {
                 Whole::NoReader => return Ok(Attempt::Changed),
             };
             redis.load(&reader, permit, whole.state, &whole.messages).await?;
-            // The queue may already have messages that are committed from now on.
+            // The next read accepts a later state: the queue may already have messages that were
+            // committed since.
             (state, from, accept) = (whole.state, "reloaded", Freshness::AtLeast);
         }
         Err(StoreError::conflict(InboxChanged))
     }
 
-    /// Reads from Postgres, and leases in Redis. The inbox has changed if a message was removed
-    /// meanwhile, perhaps by a read that had leased it.
+    /// Reads a page from Postgres, and leases its messages in Redis. Returns `Changed` if a message
+    /// was removed meanwhile, perhaps by another read that had leased it.
     async fn read_postgres(&self, read: InboxRead<'_>) -> StoreResult<Attempt> {
         let InboxRead { request, head, reader, guard } = read;
         let Request { query, after, limit, now, .. } = request;
@@ -245,8 +247,8 @@ impl Inner {
         let more = claimed.seqs > envelopes.len();
         envelopes.truncate(claimed.seqs);
         seqs.truncate(envelopes.len());
-        // If a reader has leased and removed some of them in between, its removal is counted by
-        // now.
+        // If another read has leased and removed some of these messages in between, the head now
+        // counts its removal.
         let is_present = |state: State| {
             (state.store_id, state.removals) == (snapshot.state.store_id, snapshot.state.removals)
         };
@@ -336,7 +338,7 @@ struct InboxLease {
 
 struct Leased {
     guard: LeaseGuard,
-    /// The inbox's number.
+    /// The number of the inbox.
     inbox: i64,
 }
 
@@ -370,7 +372,7 @@ impl Lease for InboxLease {
                 store.inner.applier.apply(effects).await;
                 guard.ended();
             }
-            // The lease is released.
+            // The drop releases the lease.
             Completion::OtherHistory => drop(guard),
         }
         Ok(())

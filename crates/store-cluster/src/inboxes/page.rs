@@ -1,5 +1,5 @@
-//! Reads of inboxes in Postgres: heads, many in one statement, and messages, of which each page is
-//! one snapshot together with its head.
+//! Reads of inboxes in Postgres: heads, many in one statement; pages of messages; and all messages
+//! of a small inbox, in one snapshot with its head.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,9 +24,10 @@ use crate::{
 /// Concurrent statements for heads.
 const READERS: usize = 2;
 
-/// One row for each device of an inbox, at most [`qpq_domain::MAX_DEVICES`], or one without. OFFSET
-/// keeps the search for devices a query of its own, which is not executed for an inbox that has
-/// none. Without such an inbox, the result is one row with the store id and NULLs.
+/// Returns one row for each device of an inbox, at most [`qpq_domain::MAX_DEVICES`], or one row for
+/// an inbox without devices. `OFFSET 0` keeps the search for devices a separate subquery, which is
+/// not executed for an inbox without devices. If no inbox is found, the result is one row with the
+/// store id and NULLs.
 const HEAD: &str = concat!(
     "SELECT s.store_id, h.identity, h.id, h.last_seq, h.removals, h.messages, h.bytes, h.devices,
             h.device, h.registration, h.upto, h.last_seen_at, h.position_lost
@@ -44,8 +45,8 @@ const HEAD: &str = concat!(
 );
 
 /// $1 inbox, $2 the seq after which to read, $3 now, $4 rows, $5 the store id, then the
-/// registration and the channel, where the condition has them. Returns no rows of another history,
-/// and none for a registration that does not exist any more.
+/// registration and the channel, where the condition has them. Returns no rows if the store is in
+/// another history, or the registration does not exist any more.
 macro_rules! messages {
     ($after:literal, $condition:expr) => {
         concat!(
@@ -95,9 +96,9 @@ const WHOLE: &str = concat!(
      WHERE i.id = $1 AND i.devices = 0"
 );
 
-/// As [`WHOLE`], the messages that wait for the registration $3. Most messages of an inbox may wait
-/// for other devices only, so its head does not determine their size: payloads of more than $4
-/// bytes are not read.
+/// As [`WHOLE`], for the messages that wait for the registration $3. The head does not show their
+/// size, since most messages of the inbox may wait for other devices only. If they have more than
+/// $4 bytes in total, their payloads are not read.
 const WHOLE_OF_DEVICE: &str = concat!(
     "SELECT ",
     store_id!(),
@@ -117,38 +118,38 @@ const WHOLE_OF_DEVICE: &str = concat!(
      WHERE d.id = $3 AND d.account = $1"
 );
 
-/// Rows in one statement.
+/// Maximum rows in one statement.
 const MAX_ROWS: u64 = 1_024;
 
 /// An inbox's head, as one reader sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
     pub(crate) inbox: i64,
-    /// Without access, the removals belong to no reader.
+    /// The state for the reader. Without access, the removals belong to no reader.
     pub(crate) state: State,
     pub(crate) messages: u64,
     pub(crate) bytes: u64,
     pub(crate) access: Access,
 }
 
-/// The kind of reader as which an inbox may be read.
+/// The access of a reader to an inbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// As its single reader, because the inbox has no devices.
+    /// The inbox has no devices and is read by its single reader.
     Single,
-    /// As one of its devices.
+    /// The inbox is read by one of its devices.
     Device(Position),
-    /// It has devices, and the reader is none of them.
+    /// The inbox has devices, and the reader is none of them.
     Refused,
 }
 
-/// Where a device is in an inbox.
+/// The position of a device in an inbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Position {
     pub(crate) registration: RegistrationId,
     pub(crate) upto: u64,
     pub(crate) last_seen_at: UnixMillis,
-    /// Whether the position was moved, and the device has not confirmed that.
+    /// True if the position was moved and the device has not confirmed the new one.
     pub(crate) is_lost: bool,
 }
 
@@ -161,11 +162,12 @@ impl Head {
         }
     }
 
-    /// Whether a queue can have all messages that wait for the reader, by the counts of the head.
+    /// Returns whether, by the counts of the head, all messages that wait for the reader may fit a
+    /// queue.
     pub(super) fn may_be_queue(&self) -> bool {
         let is_small = self.messages <= MAX_MESSAGES && self.bytes <= MAX_BYTES;
         match self.access {
-            // The rest waits for others.
+            // Messages up to `upto` do not wait for this device.
             Access::Device(Position { upto, .. }) => {
                 is_small || self.state.head.saturating_sub(upto) <= MAX_MESSAGES
             }
@@ -174,17 +176,17 @@ impl Head {
     }
 }
 
-/// Reads heads, those of concurrent calls together. Cheap to clone.
+/// The readers of heads, which read those of concurrent calls by one statement. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Heads(Batcher<Call>);
 
 type Call = batcher::Call<Reader, StoreResult<Present>>;
 
-/// An inbox's head, and the history that it was read in.
+/// An inbox's head, and the history in which it was read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Present {
     pub(super) store_id: StoreId,
-    /// None if there is no such inbox.
+    /// The head; `None` if the inbox does not exist.
     pub(super) head: Option<Head>,
 }
 
@@ -231,7 +233,7 @@ impl BatchWorker for HeadReader {
     }
 }
 
-/// Returns the heads of those inboxes that exist, and the history that they were read in.
+/// Returns the heads of the inboxes that exist, and the history in which they were read.
 pub(crate) async fn heads(
     database: &Database,
     history: &History,
@@ -270,7 +272,7 @@ impl Statement for ReadHeads<'_> {
             }
         }
         let of_reader = |reader: &Reader| {
-            // A device that the inbox does not have reads as none.
+            // A device that is not registered gets the head of a reader without a device.
             let head = heads.get(reader).or_else(|| heads.get(&Reader::single(reader.inbox)))?;
             Some((*reader, *head))
         };
@@ -279,7 +281,7 @@ impl Statement for ReadHeads<'_> {
     }
 }
 
-/// Returns the head for the device of the row; for the reader without a device if it has none.
+/// Returns the reader and the head of a row. Without a device in the row, the reader has none.
 fn head(row: &PgRow) -> sqlx::Result<Option<(Reader, Head)>> {
     let Some(inbox) = row.try_get("id")? else { return Ok(None) };
     let head = Head {
@@ -312,12 +314,12 @@ fn access(row: &PgRow) -> sqlx::Result<Access> {
 pub(super) struct Snapshot {
     pub(super) state: State,
     pub(super) messages: Vec<Queued>,
-    /// The first message after the limit.
+    /// The seq of the first message after the limit.
     pub(super) next: Option<Seq>,
 }
 
 /// Returns the messages of the view after `after` that have not expired at `now`. The state is that
-/// before all of them: messages that were removed since may be among them.
+/// of `head`, which was read before. Messages that were removed since then may be among the result.
 pub(super) async fn page(
     database: &Database,
     head: &Head,
@@ -353,8 +355,8 @@ pub(super) async fn page(
     }
 }
 
-/// Returns about the number of rows that the page will have: an inbox has up to ten thousand
-/// messages, and a page ends after four of a MiB.
+/// Estimates the rows of the page from the average size of the inbox's messages. An inbox may have
+/// ten thousand messages, and a page of 1 MiB messages ends after four.
 fn chunk(head: &Head, limit: PageLimit) -> u64 {
     let size = head.bytes / head.messages.max(1) + 64;
     let fit = limit.bytes as u64 / size + 2;
@@ -409,18 +411,18 @@ impl Statement for ReadMessages {
     }
 }
 
-/// All that waits for a reader.
+/// All messages that wait for a reader.
 #[derive(Debug)]
 pub(super) enum Whole {
-    /// Expired messages included.
+    /// They fit a queue. Expired messages are included.
     Small(Snapshot),
-    /// More than a queue has.
+    /// They do not fit a queue.
     Large,
-    /// The reader is not one of the inbox any more.
+    /// The reader does not exist any more.
     NoReader,
 }
 
-/// Returns all that waits for the reader of the head, if that is little enough to be a queue.
+/// Returns all messages that wait for the reader of the head, if they fit a queue.
 pub(super) async fn whole(database: &Database, head: &Head) -> StoreResult<Whole> {
     let read = ReadInbox { inbox: head.inbox, registration: head.registration() };
     Ok(database.run(&read).await?)

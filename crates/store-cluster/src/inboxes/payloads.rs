@@ -11,13 +11,14 @@ use sqlx::PgConnection;
 
 use crate::postgres::{ClusterMark, row::number};
 
-/// The least size of a payload that is stored once. With docs/decisions/0008: 1 KiB for 1 000
-/// inboxes then writes 43 % of the log that a copy in each row writes, and 256 bytes write 76 %. A
-/// size between them, since a payload of its own costs a lock and a probe with each removal.
+/// The minimum size of a payload that is stored once. Measured for 1 000 inboxes
+/// (docs/decisions/0008): a payload of 1 KiB that is stored once writes 43 % of the log that a copy
+/// in each row writes, one of 256 bytes 76 %. This size is between the two, since a payload that is
+/// stored once costs a lock and a probe with each removal.
 const SHARED_BYTES: usize = 512;
 
-/// The least number of messages of a payload that is stored once: its row and index entry are about
-/// the log of three copies of the least size.
+/// The minimum number of messages that share a payload that is stored once. Its row and index entry
+/// write about as much log as three copies of the minimum size.
 const SHARED_MESSAGES: usize = 4;
 
 /// The size of the payload of a message `m`. Reads no payload.
@@ -37,7 +38,7 @@ macro_rules! payload {
 pub(super) use payload;
 
 /// Common table expressions that count down the payloads of the rows of `removed`, and remove those
-/// without messages. The numbers are those under the lock.
+/// without messages. `shared` reads the counts after it has locked the rows.
 macro_rules! counted_down {
     () => {
         ", shared AS MATERIALIZED (
@@ -61,7 +62,7 @@ const COUNT_DOWN: &str = concat!(
     "SELECT 1"
 );
 
-/// Numbers are assigned in the order of the places.
+/// Stores payloads. Their numbers are assigned in the order of the places.
 const STORE: &str = "
     INSERT INTO payload (refs, bytes)
     SELECT s.refs, s.bytes
@@ -71,7 +72,7 @@ const STORE: &str = "
 /// The distinct payloads of messages.
 pub(super) struct Payloads<'a> {
     all: Vec<Payload<'a>>,
-    /// Which of them each message has, from 1.
+    /// The place of each message's payload in `all`, from 1.
     pub(super) places: Vec<i64>,
 }
 
@@ -83,7 +84,8 @@ struct Payload<'a> {
 }
 
 impl<'a> Payloads<'a> {
-    /// Two messages share a payload if they share its memory: a fan-out does.
+    /// Collects the distinct payloads. Two messages share a payload if they share its memory, as in
+    /// a fan-out.
     pub(super) fn of(messages: impl IntoIterator<Item = &'a NewMessage>) -> Self {
         let (mut all, mut places): (Vec<Payload<'a>>, _) = (Vec::new(), Vec::new());
         let mut known = HashMap::new();
@@ -103,7 +105,8 @@ impl<'a> Payloads<'a> {
         self.all.len() < self.places.len()
     }
 
-    /// Stores each payload once that enough messages share, if all edges can read it.
+    /// Stores the payloads that enough messages share, each once, if all edges can read such
+    /// payloads.
     pub(super) async fn store(
         &mut self,
         connection: &mut PgConnection,
@@ -131,12 +134,12 @@ impl<'a> Payloads<'a> {
         self.all.iter().map(|payload| payload.id.is_none().then_some(payload.bytes)).collect()
     }
 
-    /// Returns the numbers of those that are stored once.
+    /// Returns the numbers of the payloads that are stored once.
     pub(super) fn ids(&self) -> Vec<Option<i64>> {
         self.all.iter().map(|payload| payload.id).collect()
     }
 
-    /// Returns the sizes of those that are stored once.
+    /// Returns the sizes of the payloads that are stored once.
     pub(super) fn sizes(&self) -> Vec<Option<i32>> {
         let size = |payload: &Payload<'_>| i32::try_from(payload.bytes.len()).unwrap_or(i32::MAX);
         self.all.iter().map(|payload| payload.id.map(|_| size(payload))).collect()
@@ -149,7 +152,8 @@ impl Payload<'_> {
     }
 }
 
-/// Counts down the payloads of messages that were removed. `of_each` may name one several times.
+/// Counts down the payloads of messages that were removed. `of_each` may name a payload several
+/// times.
 pub(super) async fn count_down(connection: &mut PgConnection, of_each: &[i64]) -> sqlx::Result<()> {
     if of_each.is_empty() {
         return Ok(());

@@ -28,7 +28,7 @@ impl Pushes {
         Self { applier, budget: Arc::new(Semaphore::new(PUSHES)), tasks: JoinSet::new() }
     }
 
-    /// Updates Redis and wakes waiting edges, once there is room.
+    /// Updates Redis and wakes waiting edges in a new task, once the budget has room.
     pub(crate) async fn push(&mut self, accepted: Accepted) {
         let bytes: usize = accepted.inboxes.values().map(ToInbox::bytes).sum();
         let units = u32::try_from((bytes / UNIT).clamp(PUSH, PUSHES)).expect("clamped");
@@ -42,7 +42,7 @@ impl Pushes {
         });
     }
 
-    /// Completes when all updates have.
+    /// Waits for all updates.
     pub(crate) async fn end(mut self) {
         while self.tasks.join_next().await.is_some() {}
     }

@@ -1,8 +1,9 @@
 //! Removal of messages. Every removal is one statement of one shape: lock the heads of the inboxes,
 //! delete messages, remember the ids of those that had one, and count down the heads.
 //!
-//! A single reader removes only where the locked head has no devices. Postgres compares that with
-//! the head as it is once it is locked, so a registration that the statement waited for counts.
+//! A removal for the single reader requires that the locked head has no devices. Postgres checks
+//! this condition again after it has waited for the lock, so a registration that the statement
+//! waited for counts.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -71,7 +72,7 @@ macro_rules! removal {
 }
 pub(super) use removal;
 
-/// The change of the head of an inbox when a reader's messages are removed.
+/// A removal for a reader: also increments the removals of the head, and counts down the payloads.
 macro_rules! reader_removal {
     (
         with: $with:expr,
@@ -199,7 +200,7 @@ const EXPIRED_IDS: &str = removal! {
                FROM removed GROUP BY inbox",
 };
 
-/// Returns the head after [`EXPIRED`]. $2: whether no expired message is left, so that the next
+/// Returns the head after [`EXPIRED`]. $2: true if no expired message is left, so that the next
 /// expiry is looked up.
 const COUNT: &str = "
     UPDATE inbox
@@ -272,7 +273,7 @@ pub(super) struct RemoveAcked<'a> {
 
 /// The outcome of an ack by a reader who may be the single reader of the inbox.
 pub(super) enum SingleAck {
-    /// It is the single reader's. None if no message was removed.
+    /// The reader is the single reader. `None` if no message was removed.
     Removed(Option<Removal>),
     /// The inbox has devices, and nothing was removed.
     HasDevices,
@@ -321,11 +322,11 @@ pub(super) struct Left {
     pub(super) removed: i64,
     /// Expired messages that are left.
     pub(super) stale: Stale,
-    /// The payloads to count down, one for each message removed that shared one.
+    /// The payloads to count down: one entry for each removed message with a shared payload.
     pub(super) payloads: Vec<i64>,
 }
 
-/// Expired messages, which are not counted.
+/// Expired messages that are still stored, and do not count against limits.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stale {
     pub(super) messages: u64,
@@ -337,15 +338,15 @@ pub(super) struct Due<'a> {
     pub(super) inbox: i64,
     pub(super) has_devices: bool,
     pub(super) now: UnixMillis,
-    /// Maximum rows.
+    /// Maximum rows to remove.
     pub(super) rows: i64,
     /// Senders and ids whose expired messages are removed in addition, because the ids are used
     /// again.
     pub(super) ids: Vec<(&'a [u8], &'a [u8])>,
 }
 
-/// Removes expired messages of an inbox whose head the transaction has locked. Leaves their
-/// payloads to be counted down.
+/// Removes expired messages of an inbox whose head the transaction has locked. The caller must
+/// count down their payloads.
 pub(super) async fn expired(
     connection: &mut PgConnection,
     due: Due<'_>,
@@ -393,7 +394,7 @@ pub(super) struct FreedIds {
 }
 
 /// Removes the expired messages that have these ids, of inboxes whose heads the transaction has
-/// locked. Returns the removed messages of each inbox. Leaves the payloads to be counted down.
+/// locked. Returns the removed messages of each inbox. The caller must count down the payloads.
 pub(super) async fn expired_ids(
     connection: &mut PgConnection,
     ids: &[DueId<'_>],

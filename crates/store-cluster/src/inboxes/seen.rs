@@ -1,4 +1,4 @@
-//! When devices read.
+//! The time of each device's last read.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use sqlx::PgConnection;
 use super::page::Position;
 use crate::postgres::{Database, Repeat, Scope, Statement, row::millis};
 
-/// The precision of [`qpq_ports::Device::last_seen_at`]: a read is recorded if the last one that
-/// was is older.
+/// The precision of [`qpq_ports::Device::last_seen_at`]: a read is recorded only if the last
+/// recorded one is older than this.
 const PRECISION: Duration = Duration::from_secs(10 * 60);
 
-/// Needs no lock of the head: a sweep that moves the device compares this once more when it changes
-/// the row. Not later than the store's own time, so that no device seems present because the clock
-/// of a caller is ahead.
+/// Needs no lock of the head, because a sweep that moves the device checks `last_seen_at` again
+/// when it changes the row. The instant is at most the store's own time, so that a caller's clock
+/// that is ahead does not make an absent device look present.
 const SEEN: &str = "
     UPDATE device SET last_seen_at = greatest(last_seen_at, least($2, store_now())) WHERE id = $1";
 
-/// Records that a device reads at `now`, if none of its reads was recorded lately.
+/// Records that a device reads at `now`, unless a read within [`PRECISION`] is recorded.
 pub(super) async fn record(
     database: &Database,
     position: &Position,

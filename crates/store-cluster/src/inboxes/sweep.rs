@@ -12,8 +12,8 @@ use crate::postgres::row::{millis, millis_of};
 pub(crate) const SWEEP: i64 = 256;
 
 /// Removes the oldest expired messages of all inboxes. Inboxes whose heads are locked are left to
-/// the next sweep. The time of the next expiry stays unless the inbox is empty: too early is
-/// harmless. $1 now, $2 the time for which ids are remembered, $3 rows.
+/// the next sweep. `next_expiry` changes only if the inbox becomes empty: an instant that is too
+/// early is harmless. $1 now, $2 the time for which ids are remembered, $3 rows.
 const SWEPT: &str = removal! {
     with: "present AS MATERIALIZED (SELECT least($1, store_now()) AS now),
         due AS MATERIALIZED (

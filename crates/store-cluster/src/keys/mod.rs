@@ -2,13 +2,13 @@
 //!
 //! A KeyPackage is deleted by the statement that takes it, and its fingerprint is stored in another
 //! table until the package's lifetime ends. So a package is taken once over all edges, and cannot
-//! be uploaded again. Whether a package has expired is decided by the caller's instant in every
-//! statement, not by whether a sweep has removed it. Expired packages are deleted only if the
-//! clocks of Postgres and of the edge agree that they have expired.
+//! be uploaded again. Every statement compares the lifetime of a package with the caller's instant,
+//! so an expired package counts as absent even if no sweep has removed it yet. Expired packages are
+//! deleted only if the clocks of Postgres and of the edge agree that they have expired.
 //!
 //! A package belongs to a device, or to the account itself (`device` is NULL). Uploads of one
-//! account are serialized by a lock on the account, which a revocation of a device takes, too.
-//! Takes do not wait for a lock.
+//! account are serialized by a lock on the account, which a revocation of a device takes, too. A
+//! take waits for an upload only if it finds no one-time package.
 
 mod hybrid;
 mod take;
@@ -36,8 +36,8 @@ use crate::{
     },
 };
 
-/// The condition for a package whose lifetime contains $2. A package without a beginning was stored
-/// by a release that did not store it.
+/// The condition that the lifetime of a package contains $2. A package of an earlier release has no
+/// `not_before`.
 macro_rules! alive {
     () => {
         "not_after >= $2 AND coalesce(not_before, 0) <= $2"
@@ -45,7 +45,8 @@ macro_rules! alive {
 }
 use alive;
 
-/// Compatible with the lock on the owner's key that the insertion of a package takes.
+/// Locks an account against other uploads. Compatible with the lock on the owner's key that the
+/// insertion of a package takes.
 const LOCK: &str = "SELECT store_now() AS postgres FROM account WHERE id = $1 FOR NO KEY UPDATE";
 
 const STOCK: &str = concat!(
@@ -55,8 +56,8 @@ const STOCK: &str = concat!(
     alive!()
 );
 
-/// $3: whether the device had no key of its own. Without another such device, the packages that the
-/// identity key signs have no device any more.
+/// $3: true if the device had no key of its own. With the last such device, the packages that the
+/// identity key signs are removed, too.
 const REMOVE_OF_DEVICE: &str = "
     DELETE FROM key_package
      WHERE owner = $1 AND (device = $2 OR $3 AND device IS NULL AND NOT EXISTS (
@@ -147,7 +148,7 @@ impl Statement for CountPackages {
     }
 }
 
-/// Removes the packages of a device that was removed. The head of the account's inbox is locked.
+/// Removes the packages of a revoked device. The caller has locked the head of the account's inbox.
 pub(crate) async fn remove_of_device(
     connection: &mut PgConnection,
     account: AccountId,
@@ -173,7 +174,7 @@ async fn stock(
     })
 }
 
-/// The device of an owner as a column.
+/// Returns the device of an owner as a column.
 fn device_of(owner: &PackageOwner) -> Option<&[u8]> {
     owner.device.as_ref().map(|device| &device.as_bytes()[..])
 }

@@ -1,4 +1,4 @@
-//! Takes of KeyPackages: of an account, or one of each of its devices.
+//! Takes of KeyPackages: one package of an account, or one of each of its devices.
 
 use qpq_domain::{DeviceId, IdentityKey, UnixMillis};
 use qpq_ports::TakenKeyPackage;
@@ -13,10 +13,10 @@ use crate::{
     },
 };
 
-/// Takes the oldest package that no other transaction is taking. A locked package is skipped: the
-/// transaction that locked it commits next. (If that fails, a later package or the last resort was
-/// taken instead, which is harmless.) `=` and not IN: a sub-select that is planned as a join may
-/// lock and take more than one row.
+/// Takes the oldest package that no other transaction is taking. A locked package is skipped,
+/// because the transaction that locked it is about to take it. If that transaction fails, a later
+/// package or the last resort was taken instead, which is harmless. The condition is `=` and not
+/// `IN`, because a sub-select that is planned as a join may lock and take more than one row.
 macro_rules! take {
     ($of:literal) => {
         concat!(
@@ -36,9 +36,9 @@ macro_rules! take {
     };
 }
 
-/// Returns a last-resort package, and records it as given: once a newer one has replaced it, it may
-/// not be uploaded again. The lock prevents a replacement and a new upload before that is recorded.
-/// During a replacement this waits, and returns the newer one.
+/// Returns a last-resort package, and records it as given, so that it cannot be uploaded again
+/// after a newer one has replaced it. The lock prevents a replacement and a new upload before that
+/// is recorded. During a replacement the statement waits, and returns the newer package.
 macro_rules! take_last_resort {
     ($of:literal) => {
         concat!(
@@ -59,7 +59,7 @@ macro_rules! take_last_resort {
 
 const TAKE: &str = take!("");
 const TAKE_LAST_RESORT: &str = take_last_resort!("");
-/// $3 the device, $4 whether it has those of the account in addition.
+/// $3 the device, $4 true if the device uses the packages of the account, too.
 const TAKE_OF_DEVICE: &str = take!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
 const TAKE_LAST_RESORT_OF_DEVICE: &str =
     take_last_resort!(" AND (k.device = $3 OR $4 AND k.device IS NULL) ");
@@ -92,7 +92,7 @@ impl Statement for TakePackages<'_> {
     type Output = Vec<(Option<DeviceId>, Option<TakenKeyPackage>)>;
 
     const REPEAT: Repeat = Repeat::Never;
-    /// So that a dead connection is detected before a package can have been taken.
+    /// A transaction, so that a dead connection is detected before a package can have been taken.
     const SCOPE: Scope = Scope::Transaction;
 
     fn name(&self) -> &'static str {
@@ -144,14 +144,14 @@ fn signer(row: &PgRow) -> sqlx::Result<Signer> {
     Ok(Signer { device, is_keyless: row.try_get("keyless")? })
 }
 
-/// Completes when no upload of the account is going on. A concurrent upload may be replacing all
-/// packages. The new ones are visible once it has committed.
+/// Waits for a concurrent upload of the account, which may be replacing all packages. The new
+/// packages are visible once the upload has committed.
 async fn after_upload(connection: &mut PgConnection, target: &IdentityKey) -> sqlx::Result<()> {
     let query = sqlx::query(AFTER_UPLOAD).bind(&target.as_bytes()[..]);
     query.execute(connection).await.map(drop)
 }
 
-/// Takes a package of one device, or of any.
+/// Takes a package of the device `of`, or any package of the account.
 async fn take(
     connection: &mut PgConnection,
     target: &IdentityKey,

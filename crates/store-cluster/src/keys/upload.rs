@@ -1,4 +1,4 @@
-//! Uploads of KeyPackages. An upload is decided first, and then all of its packages are stored, or
+//! Uploads of KeyPackages. An upload is checked first. Then all of its packages are stored, or
 //! none.
 
 use std::collections::{HashMap, HashSet};
@@ -20,7 +20,8 @@ const EXPIRE: &str = "
     WITH packages AS (DELETE FROM key_package WHERE owner = $1 AND not_after < $2)
     DELETE FROM key_package_given WHERE owner = $1 AND not_after < $2";
 
-/// One snapshot, in which a package is in one of the two tables or in neither.
+/// Finds the packages of an upload. A single statement reads both tables in one snapshot, so a
+/// package that is taken concurrently is found in one of them.
 const KNOWN: &str = "
     SELECT fingerprint, last_resort, device, false AS given FROM key_package
      WHERE owner = $1 AND fingerprint = ANY ($2)
@@ -28,7 +29,7 @@ const KNOWN: &str = "
     SELECT fingerprint, false, NULL, true FROM key_package_given
      WHERE owner = $1 AND fingerprint = ANY ($2)";
 
-/// $2: the device, $3: whether the last-resort package is removed, too.
+/// $2: the device, $3: true if the last-resort package is removed, too.
 const REMOVE: &str = "
     DELETE FROM key_package
      WHERE owner = $1 AND device IS NOT DISTINCT FROM $2 AND ($3 OR NOT last_resort)";
@@ -86,8 +87,8 @@ async fn expire(
     sqlx::query(EXPIRE).bind(owner.0).bind(millis(expired_by)).execute(connection).await.map(drop)
 }
 
-/// Decides first, and then stores all packages or none. The lock keeps other uploads of the account
-/// out. Concurrent takes only free room; the result is that of an upload before them.
+/// Checks the upload, and then stores all packages or none. The lock excludes other uploads of the
+/// account. Concurrent takes only reduce the stock. The result does not count them.
 async fn upload(
     connection: &mut PgConnection,
     &UploadPackages { owner, packages, mode, now, max_count, .. }: &UploadPackages<'_>,
@@ -116,7 +117,7 @@ async fn upload(
         stocks.insert(of, stock);
     }
     if mode == UploadMode::Replace {
-        // A last resort is replaced in its place, as below.
+        // A last resort is replaced in its own row, below.
         let has_another =
             new.iter().any(|package| package.last_resort && package.device == owner.device);
         sqlx::query(REMOVE)
@@ -153,7 +154,7 @@ fn with<'a>(
     stock
 }
 
-/// The packages of an upload that the store has.
+/// The packages of an upload that are stored or were given.
 struct Known {
     /// The stored packages.
     there: HashMap<[u8; 32], There>,
@@ -207,7 +208,7 @@ impl Known {
             }
             let NewKeyPackage { device, last_resort, .. } = *package;
             if last_resort {
-                // It replaces any earlier one of the device, stored or of this upload.
+                // A last resort replaces any earlier one of the device, stored or of this upload.
                 self.there.retain(|_, there| !(there.last_resort && there.device == device));
                 new.retain(|other| !(other.last_resort && other.device == device));
             }

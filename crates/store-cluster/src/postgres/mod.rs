@@ -38,12 +38,13 @@ const MAX_ATTEMPTS: u32 = 6;
 /// The waits between attempts.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(10), Duration::from_millis(320));
 
-/// Whether an operation of unknown outcome is repeated.
+/// The treatment of an operation whose outcome is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Repeat {
-    /// Doing it twice has the same result as doing it once.
+    /// The operation is repeated: twice has the same result as once.
     Harmless,
-    /// It hands something out, or distinguishes first from second: the caller decides.
+    /// The operation is not repeated, because a repeat would have another result. The caller
+    /// receives the error.
     Never,
 }
 
@@ -61,16 +62,16 @@ pub(crate) trait Statement: Sync {
     /// The result of the operation.
     type Output: Send;
 
-    /// Whether it is repeated when its outcome is unknown.
+    /// The treatment of the operation when its outcome is unknown.
     const REPEAT: Repeat;
 
-    /// The part that is undone after a failure.
+    /// The part that is rolled back when the operation fails.
     const SCOPE: Scope;
 
-    /// Returns its name in metrics, traces and logs.
+    /// Returns the name of the operation in metrics, traces and logs.
     fn name(&self) -> &'static str;
 
-    /// Executes it on a connection. Called again for each attempt.
+    /// Executes the operation on a connection. Called once for each attempt.
     fn run(
         &self,
         connection: &mut PgConnection,
@@ -81,12 +82,12 @@ pub(crate) trait Statement: Sync {
 #[derive(Clone, Debug)]
 pub(crate) struct Database {
     pool: PgPool,
-    /// Maximum duration of one attempt with a connection. A reachable server ends it earlier by its
-    /// own timeouts.
+    /// Maximum duration of one attempt with a connection. A reachable server ends the attempt
+    /// earlier by its own timeouts.
     attempt_timeout: Duration,
 }
 
-/// Postgres hangs, or the network drops its packets.
+/// The error if Postgres hangs, or the network drops its packets.
 #[derive(Debug, thiserror::Error)]
 #[error("Postgres did not answer within {0:?}")]
 struct NoAnswer(Duration);
@@ -97,8 +98,8 @@ impl Database {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(timeout)
-            // A ping before every use would be a round trip each. The first statement on a dead
-            // connection reports it.
+            // A ping before every use would cost a round trip. Without it, the first statement on a
+            // dead connection fails.
             .test_before_acquire(false)
             .idle_timeout(Some(Duration::from_secs(600)))
             .max_lifetime(Some(Duration::from_secs(3_600)))
@@ -171,9 +172,9 @@ impl Database {
                     match statement.run(&mut open).await {
                         Ok(done) => open.commit().await.map(|()| done).map_err(unknown),
                         Err(error) => {
-                            // Dropped, it would be rolled back later, and a retry on another
-                            // connection would meet its locks. A failure changes nothing: the
-                            // connection is lost, and its transaction with it.
+                            // A dropped transaction would be rolled back later, and a retry on
+                            // another connection would wait for its locks. A failed rollback is
+                            // ignored: the connection is lost, and its transaction with it.
                             let _ = open.rollback().await;
                             Err(no(error))
                         }
@@ -202,7 +203,7 @@ struct Failure {
     committed: Committed,
 }
 
-/// Whether a failed attempt changed the database.
+/// The effect of a failed attempt on the database.
 #[derive(PartialEq, Eq)]
 enum Committed {
     No,
@@ -210,11 +211,11 @@ enum Committed {
 }
 
 impl Failure {
-    /// Whether the operation is repeated after this many attempts.
+    /// Returns whether the operation is repeated after this number of attempts.
     fn is_retried<S: Statement>(&self, attempts: u32) -> bool {
         match PostgresErrorKind::of(&self.error) {
             PostgresErrorKind::Contention => attempts < MAX_ATTEMPTS,
-            // A caller that has waited for a timeout has waited long enough.
+            // The caller has already waited for the timeout.
             PostgresErrorKind::Unreachable if is_timeout(&self.error) => false,
             PostgresErrorKind::Unreachable => {
                 attempts == 1 && (self.committed == Committed::No || S::REPEAT == Repeat::Harmless)
@@ -232,7 +233,7 @@ fn is_timeout(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Returns how an edge connects: the configuration, durable commits and timeouts.
+/// Returns the connection options of an edge: the configured ones, durable commits and timeouts.
 pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError> {
     let options = as_given(config)?;
     let timeout = config.postgres_timeout.as_millis().to_string();

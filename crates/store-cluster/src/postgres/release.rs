@@ -2,9 +2,10 @@
 //!
 //! An edge of an earlier release removes messages for the single reader, also in an inbox with
 //! devices. So the first registration of a device in a cluster is refused while such an edge is
-//! connected, and marks the cluster so that no such edge starts again: an edge compares its
-//! fingerprint of the OPAQUE setup with the stored one and refuses to start with another, and the
-//! mark replaces the stored one by a hash of it.
+//! connected. The registration also marks the cluster, so that no such edge starts afterwards: an
+//! edge compares its fingerprint of the OPAQUE setup with the stored one, and refuses to start if
+//! they differ. The mark replaces the stored fingerprint by a hash of it, which only this and later
+//! releases accept.
 
 use std::sync::{
     Arc,
@@ -13,30 +14,31 @@ use std::sync::{
 
 use sqlx::PgConnection;
 
-/// The name of the connections of this release, which those of earlier ones do not have.
+/// The application name of this release's connections. Those of earlier releases have another one.
 pub(super) const APPLICATION_NAME: &str = "qpq-server/devices";
 
-/// The fingerprint that a cluster stores which has or had devices. $1 the fingerprint.
+/// The stored fingerprint of a marked cluster: one that has or had devices. $1 the fingerprint.
 macro_rules! marked {
     () => {
         "sha256('qpq/devices/1'::bytea || $1)"
     };
 }
 
-/// Whether the cluster's stored fingerprint is $1, marked or not.
+/// Returns whether the cluster's stored fingerprint is $1, marked or not.
 const IS_CLUSTER_OF: &str =
     concat!("SELECT opaque_setup = $1 OR opaque_setup = ", marked!(), " FROM cluster");
 
 const IS_MARKED: &str =
     concat!("SELECT EXISTS (SELECT 1 FROM cluster WHERE opaque_setup = ", marked!(), ")");
 
-/// An edge of an earlier release that starts tries to insert into the table, before or after this:
-/// it is connected then, or refused. The lock is compatible with reads, as by a backup. Does not
-/// wait, since the head of an inbox is locked.
+/// A starting edge of an earlier release tries to insert into the table. If it does so before this
+/// lock, [`OLDER_EDGES`] finds its connection. If it does so afterwards, it finds the mark and
+/// refuses to start. The lock is compatible with reads, such as those of a backup. `NOWAIT`,
+/// because the transaction has locked the head of an inbox.
 const LOCK: &str = "LOCK TABLE cluster IN SHARE ROW EXCLUSIVE MODE NOWAIT";
 
-/// Connections of edges of earlier releases, which have this name. Those of programs that are no
-/// edges (`psql`, `pg_dump`) have others.
+/// Returns whether an edge of an earlier release is connected, by the application name of its
+/// connections. Other programs (`psql`, `pg_dump`) have other names.
 const OLDER_EDGES: &str = "
     SELECT EXISTS (SELECT 1 FROM pg_stat_activity
                     WHERE datname = current_database() AND application_name = 'qpq-server')";
@@ -44,12 +46,12 @@ const OLDER_EDGES: &str = "
 const MARK: &str =
     concat!("UPDATE cluster SET opaque_setup = ", marked!(), " WHERE opaque_setup = $1");
 
-/// An edge of an earlier release is connected to the database.
+/// The refusal because an edge of an earlier release is connected to the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OlderEdges;
 
-/// Marks the cluster as one whose edges support devices, unless it is marked or another edge is
-/// connected.
+/// Marks the cluster as one whose edges support devices, unless it is marked or an edge of an
+/// earlier release is connected.
 pub(crate) async fn mark_cluster(
     connection: &mut PgConnection,
     opaque_setup: &[u8; 32],
@@ -66,12 +68,12 @@ pub(crate) async fn mark_cluster(
     Ok(Ok(()))
 }
 
-/// Whether the cluster is marked, so that all of its edges can read what this release writes. Cheap
-/// to clone.
+/// The mark of the cluster. All edges of a marked cluster can read the data that this release
+/// writes. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct ClusterMark {
     opaque_setup: [u8; 32],
-    /// A mark stays.
+    /// True once the mark was found. A mark is never removed.
     is_set: Arc<AtomicBool>,
 }
 
@@ -88,7 +90,7 @@ impl ClusterMark {
         mark_cluster(connection, &self.opaque_setup).await
     }
 
-    /// Whether the cluster is marked, as the transaction sees it.
+    /// Returns whether the cluster is marked, as the transaction sees it.
     pub(crate) async fn is_set(&self, connection: &mut PgConnection) -> sqlx::Result<bool> {
         if self.is_set.load(Ordering::Relaxed) {
             return Ok(true);
@@ -100,8 +102,8 @@ impl ClusterMark {
     }
 }
 
-/// Whether the database belongs to the cluster with this fingerprint; `None` if it belongs to no
-/// cluster yet.
+/// Returns whether the database belongs to the cluster with this fingerprint; `None` if it belongs
+/// to no cluster yet.
 pub(crate) async fn is_cluster_of(
     connection: &mut PgConnection,
     opaque_setup: &[u8; 32],

@@ -1,5 +1,5 @@
-//! Conversions between domain types and columns. A value that does not fit its type was never
-//! written by this program: the row is invalid.
+//! Conversions between domain types and columns. A value that does not fit its type is an error
+//! ([`NeverWritten`]).
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub(crate) fn number(n: u64) -> i64 {
 }
 
 /// Returns Postgres' time, from the column `postgres` of a statement that selects `store_now()`.
-/// NULL means that Postgres is not asked.
+/// NULL means that Postgres' clock is not used, as in tests that set the time.
 pub(crate) fn now_of(row: &PgRow) -> sqlx::Result<Option<UnixMillis>> {
     let millis: Option<i64> = row.try_get("postgres")?;
     Ok(millis.map(|millis| UnixMillis(u64::try_from(millis).unwrap_or_default())))

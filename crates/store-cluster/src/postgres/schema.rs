@@ -66,8 +66,8 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     let server = Server::Postgres;
     match error {
         sqlx::Error::Database(refusal) => match refusal.code().as_deref() {
-            // Wrong credentials, no entry in pg_hba.conf; no such database; no right to it or in
-            // it.
+            // 28…: wrong credentials, or no entry in pg_hba.conf. 3D000: no such database. 42501: a
+            // missing right to the database or in it.
             Some(code) if code.starts_with("28") || code == "3D000" || code == "42501" => {
                 server.refuses(refusal.message())
             }
@@ -78,26 +78,26 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
     }
 }
 
-/// Connecting has a timeout. The migration has none, since it may build an index or wait for
-/// another migration.
+/// Migrates the schema, and returns its version. Connecting has a timeout. The migration has none,
+/// since it may build an index or wait for another migration.
 async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
     let (mut connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
     let version = if found < newest() {
         tracing::info!(
             found,
             needed = newest(),
-            "bringing the schema up to date, however long that takes"
+            "schema is outdated, migrating it without a time limit"
         );
         run(&mut connection).await?
     } else {
         Server::Postgres.answers(within, Box::pin(run(&mut connection))).await?
     };
-    // The transactions are committed.
+    // The transactions are committed, so an error is ignored.
     let _ = connection.close().await;
     Ok(version)
 }
 
-/// Connects without timeouts of statements, to a schema that must be this program's.
+/// Prepares the schema, and connects without statement timeouts.
 pub(crate) async fn connect_patiently(config: &Config) -> Result<PgConnection, ConnectError> {
     let options = super::options(config)?;
     prepare(&options, config.migrate, config.start_timeout).await?;
@@ -110,7 +110,7 @@ async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), Connect
     Ok((connection, version))
 }
 
-/// Connects without timeouts of statements.
+/// Connects without statement timeouts, and checks the version of Postgres.
 pub(crate) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, ConnectError> {
     // Building an index may take longer than a call.
     let patient = options.clone().options([
@@ -150,7 +150,7 @@ async fn version(connection: &mut PgConnection) -> Result<i64, ConnectError> {
 
 fn migrations() -> Migrator {
     let mut migrations = sqlx::migrate!();
-    // Migrations of a newer release.
+    // The database may have migrations of a newer release.
     migrations.set_ignore_missing(true);
     migrations
 }
@@ -159,7 +159,7 @@ fn newest() -> i64 {
     migrations().iter().map(|migration| migration.version).max().unwrap_or_default()
 }
 
-/// Returns the error for a failure of a migration. A connection that was lost is retried, since its
+/// Returns the error for a failure of a migration. A lost connection is retried, since its
 /// transaction was rolled back.
 fn unmigrated(error: MigrateError) -> ConnectError {
     match &error {

@@ -13,11 +13,11 @@ use tokio::{sync::Notify, time::Instant};
 
 use crate::metrics as names;
 
-/// Calls in a row that open the breaker.
+/// Number of unanswered calls in a row that open the breaker.
 const FAILURES: u32 = 3;
 
 #[derive(Debug, thiserror::Error)]
-#[error("Redis does not answer, and is not asked until it does")]
+#[error("Redis does not answer, and is not called until it does")]
 pub(super) struct Skipped;
 
 /// The evidence of one call about the state of Redis.
@@ -45,7 +45,7 @@ impl Sign {
 
 #[derive(Debug)]
 pub(super) struct Breaker {
-    /// Timeout of an answer.
+    /// The timeout of an answer.
     timeout: Duration,
     state: Mutex<State>,
     opened: Notify,

@@ -1,5 +1,5 @@
 //! One connection to any kind of Redis: a single server, the primary of Sentinels, or a Cluster.
-//! Each reconnects by itself.
+//! The connection reconnects by itself.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -48,13 +48,13 @@ impl Link {
         let opened = match address.kind {
             Topology::Single => match access.try_out(&nodes[0]).await {
                 Ok(()) => single(nodes[0].clone(), tls, timeout).await,
-                // The client would retry by itself without an error.
+                // Returned here, because the client would retry by itself without an error.
                 Err(error) => Err(error),
             },
             Topology::Cluster => cluster(nodes.clone(), tls, timeout).await,
             Topology::Sentinel => {
-                // Less than the timeout of a call, so that the call returns the error and the
-                // Sentinels are asked.
+                // Less than the timeout of a call, so that the call returns the error of the node
+                // and the Sentinels are asked again.
                 let access = Access { tls, timeout: timeout.mul_f64(0.8) };
                 let primary = Primary::find(nodes.clone(), address.path, access).await;
                 primary.map(|primary| Self::Sentinel(Arc::new(primary)))
@@ -81,7 +81,7 @@ async fn single(
         .set_max_delay(Duration::from_millis(500))
         .set_number_of_retries(3)
         .set_connection_timeout(Some(timeout))
-        // Every call has its own timeout, which includes a new connection.
+        // Every call has a timeout of its own, which includes the time for a new connection.
         .set_response_timeout(Some(timeout));
     ConnectionManager::new_with_config(client, config).await.map(Link::Single)
 }
@@ -102,7 +102,7 @@ async fn cluster(
     builder.build()?.get_async_connection().await.map(Link::Cluster)
 }
 
-/// Sends small requests immediately.
+/// Returns TCP settings that send small requests immediately.
 fn tcp() -> TcpSettings {
     TcpSettings::default().set_nodelay(true)
 }
@@ -155,10 +155,10 @@ struct Address {
     kind: Topology,
     /// `redis` or `rediss`.
     scheme: String,
-    /// Ends with `@`, or is empty.
+    /// User and password with a final `@`, or empty.
     user_info: String,
     hosts: Vec<String>,
-    /// Without the leading `/`.
+    /// The path without the leading `/`.
     path: String,
 }
 

@@ -1,6 +1,6 @@
 //! Redis, for state that may be lost: inboxes that are being read, waiting edges, leases, rate
-//! limits, sessions in use. All of it can be flushed, evicted or rolled back at any time. A
-//! comparison with Postgres detects that, or it costs a delay.
+//! limits, sessions in use. All of it can be flushed, evicted or rolled back at any time. Either a
+//! comparison with Postgres detects such a loss, or the loss costs only a delay.
 
 mod breaker;
 mod link;
@@ -57,7 +57,7 @@ impl Redis {
         format!("{}:{name}", self.namespace)
     }
 
-    /// Whether all keys of a call must be in one slot.
+    /// Returns whether all keys of a call must be in one slot.
     fn has_slots(&self) -> bool {
         matches!(self.link, Link::Cluster(_))
     }
@@ -144,7 +144,8 @@ impl Redis {
     }
 
     async fn check_version(&self) -> Result<(), ConnectError> {
-        // Returns the version on every kind of deployment. INFO would need a call to each node.
+        // A script returns the version on every kind of deployment. INFO would need a call to each
+        // node.
         let script = Script::new("return redis.REDIS_VERSION or '6'");
         let mut invocation = script.prepare_invoke();
         invocation.key(self.key(format_args!("version")));

@@ -1,4 +1,4 @@
-//! One node of a Redis: how to connect, and the error if that fails.
+//! Connections to one node of a Redis, and the errors of failed connections.
 
 use std::time::Duration;
 
@@ -18,9 +18,9 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// A connection to this node alone. The password is sent by a command of this module, because
-    /// the client library replaces the server's error message by its own, for example that of a
-    /// server without free connections.
+    /// Connects to this node alone. Sends the password by a separate command, because the client
+    /// library would replace the server's error message by its own, for example that of a server
+    /// without free connections.
     pub(super) async fn open(&self, node: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let mut connection = self.open_anonymously(node).await?;
         let credentials = node.redis_settings();
@@ -32,7 +32,7 @@ impl Access {
         Ok(connection)
     }
 
-    /// The same without a password.
+    /// As [`open`](Self::open), without a password.
     pub(super) async fn open_anonymously(
         &self,
         node: &ConnectionInfo,
@@ -49,7 +49,7 @@ impl Access {
     }
 
     /// Returns the reason why no node could be used. The error of the client library is not
-    /// specific, so each node is asked.
+    /// specific, so each node is tried.
     pub(super) async fn why(&self, error: &RedisError, nodes: &[ConnectionInfo]) -> ConnectError {
         let mut why = failed(error);
         for node in nodes {
@@ -69,7 +69,7 @@ impl Access {
     }
 }
 
-/// Whether the server rejects the credentials, or what they are used for.
+/// Returns whether the server rejects the credentials, or a command that they do not permit.
 pub(super) fn is_refusal(error: &RedisError) -> bool {
     match error.code() {
         Some("WRONGPASS" | "NOAUTH" | "NOPERM" | "DENIED") => true,

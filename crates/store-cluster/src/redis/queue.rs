@@ -1,11 +1,11 @@
 //! Inboxes that are being read, as queues in Redis: typed calls of the scripts in `scripts/`.
 //!
-//! A queue is a copy of what one reader has in its inbox in one state: everything up to seq `head`,
-//! after the first `removals` removals of that reader, in one history. A read shows it only if the
+//! A queue is a copy of one reader's inbox in one state: all messages up to seq `head`, after the
+//! first `removals` removals of that reader, in one history. A read uses the queue only if the
 //! inbox in Postgres is in that state. After a loss, an eviction or a rollback in Redis, the states
 //! differ, and the queue is loaded again. Only small inboxes are loaded: most inboxes are nearly
-//! empty, because a connected client reads them. The others are read from Postgres, and Redis has
-//! only their leases and waiters.
+//! empty, because a connected client reads them. Larger inboxes are read from Postgres, and Redis
+//! has only their leases and waiters.
 //!
 //! A queue may be *ahead* of the state that the reader has read, if a transaction committed since.
 //! The reader reads the state again: if Postgres is still behind, then Postgres has lost messages
@@ -18,25 +18,26 @@
 //!
 //! Keys, all with the inbox as hash tag: `m2` the state and the permit, `q2` the members by seq,
 //! `l` leases (seq → lease, `e`lease → end, `s`lease → history), `w` edges that wait. All but `w`
-//! belong to a reader: those of the single reader have these names, those of a device also the
-//! number of its registration.
+//! belong to a reader. The keys of the single reader have these names. The keys of a device also
+//! contain the number of its registration.
 //!
-//! Everything above applies to each reader separately. Postgres counts the removals of a device
-//! (its completions and acks, and moves of its position) under the lock of the inbox's head, as it
-//! counts those of the single reader, and returns that number and the head in one snapshot. Every
-//! accepted message waits for every registered device, so the seqs that are pushed to the queue of
-//! a device are contiguous. If a committer has not seen a registration yet, or never pushes, the
-//! queue is behind the head, which is a miss.
+//! Everything above applies to each reader separately. The removals of a device are its completions
+//! and acks, and the moves of its position. Postgres counts them under the lock of the inbox's
+//! head, as it counts those of the single reader, and returns their number and the head in one
+//! snapshot. Every accepted message waits for every registered device, so the seqs that are pushed
+//! to the queue of a device are contiguous. If a committer has not seen a registration yet, or
+//! never pushes, the queue is behind the head, which is a miss.
 //!
 //! A change of the readers needs no change in Redis. A new device has a number that no queue has. A
 //! revoked device's number is never read again, and its queue expires. The single reader's queue
-//! gets no message while devices are registered. When the last one is revoked, the single reader's
-//! removals are counted up in Postgres, so a queue from before is behind the state of the inbox.
+//! gets no message while devices are registered. When the last one is revoked, the number of the
+//! single reader's removals is incremented in Postgres, so an earlier queue is behind the state of
+//! the inbox.
 //!
-//! The store id is preceded by the [`VERSION`] of all this, so what another release has written is
-//! of another history and is a miss. The previous release kept state and members in `m` and `q`,
-//! which no code reads any more. It shares leases and waiters, so that edges of both releases
-//! neither show a message twice at a time nor fail to wake each other's readers.
+//! The store id is preceded by [`VERSION`], the version of this layout. So data of another version
+//! counts as that of another history, which is a miss. The previous release kept state and members
+//! in `m` and `q`, which this release does not read. Both releases use the same leases and waiters,
+//! so the edges of one hide their leased messages from the other and wake its readers.
 
 mod push;
 
@@ -56,7 +57,8 @@ pub(crate) const MAX_MESSAGES: u64 = 256;
 pub(crate) const MAX_BYTES: u64 = 512 << 10;
 /// Time for which a queue stays loaded after the last read.
 const LOADED: Duration = Duration::from_secs(15 * 60);
-/// Time for which an edge stays registered as waiting. A call that waits longer reads again before.
+/// Time for which an edge stays registered as waiting. A call that waits longer reads again before,
+/// which renews the registration.
 pub(crate) const REGISTERED: Duration = Duration::from_secs(90);
 
 static READ: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/read.lua")));
@@ -67,25 +69,25 @@ static REGISTER: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("scripts/register.lua")));
 static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("scripts/renew.lua")));
 
-/// The part of the keys that belongs to the inbox, not to a reader.
+/// The name of the key of waiting edges, which belongs to the inbox and not to a reader.
 const WAITERS: &str = "w";
 
 /// Version of the data that the scripts store: the first byte of the state, the permit and a
 /// lease's history.
 const VERSION: u8 = 2;
 
-/// In place of a removal's number, if it is unknown. The queue is dropped.
+/// Stands for a removal's number that is unknown. Such a removal drops the queue.
 pub(crate) const UNKNOWN_REMOVAL: u64 = u64::MAX;
 
-/// The number of one registration of a device. It is never used again.
+/// The number of one registration of a device. Numbers are never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct RegistrationId(pub(crate) i64);
 
-/// A reader of an inbox, as Postgres has said that it is one.
+/// A reader of an inbox, as determined by the inbox's head in Postgres.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ReaderId {
     pub(crate) inbox: IdentityKey,
-    /// None for the single reader of an inbox without devices.
+    /// The registration of the device; `None` for the single reader of an inbox without devices.
     pub(crate) registration: Option<RegistrationId>,
 }
 
@@ -108,35 +110,36 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Returns whether Postgres, in this state after a queue showed `queue`, has lost messages of
-    /// the queue: a queue only shows committed messages.
+    /// Returns whether Postgres, which is in this state now, has lost messages of a queue that
+    /// showed the state `queue` before. A queue has only committed messages.
     pub(crate) fn has_lost(&self, queue: &Self) -> bool {
         self.store_id == queue.store_id
             && (self.head < queue.head || self.removals < queue.removals)
     }
 }
 
-/// A message as a queue keeps it.
+/// A message in a queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Queued {
     pub(crate) envelope: Envelope,
     pub(crate) expires_at: UnixMillis,
 }
 
-/// The name of a lease, which no other lease has.
+/// The unique name of a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct LeaseId(pub(crate) String);
 
-/// The bounds of the queue's state for a read.
+/// The states of a queue that a read accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
-    /// The very state.
+    /// Only the given state.
     Same,
-    /// The state or a later one: Postgres has just confirmed that the queue was not ahead of it.
+    /// The given state or a later one. Postgres has just confirmed that the queue was not ahead of
+    /// it.
     AtLeast,
 }
 
-/// The lease that a read takes, and how long it lasts unless it is renewed.
+/// The lease of a read, and its duration unless it is renewed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeaseTerm<'a> {
     pub(crate) lease: &'a LeaseId,
@@ -155,15 +158,15 @@ pub(crate) struct QueueRead<'a> {
     pub(crate) limit: PageLimit,
     pub(crate) now: UnixMillis,
     pub(crate) term: Option<LeaseTerm<'a>>,
-    /// The edge that is registered as waiting, before the read.
+    /// The edge to register as waiting, before the read.
     pub(crate) edge: Option<&'a str>,
 }
 
 /// The result of a read of a queue.
 #[derive(Debug)]
 pub(crate) enum QueueAnswer {
-    /// The queue is not loaded, behind or of another history. A reader that reads the inbox in
-    /// Postgres from now on may load it.
+    /// The queue is not loaded, is behind, or is of another history. The reader may load it with
+    /// messages that it reads in Postgres from now on.
     NotLoaded(Permit),
     /// The queue shows this state, which is later than the reader's.
     Ahead(State),
@@ -176,24 +179,27 @@ pub(crate) enum QueueAnswer {
 #[derive(Debug)]
 pub(crate) struct Permit(Bytes);
 
-/// A page that may be shown.
+/// The visible messages of a view: a page up to the first leased message.
 #[derive(Debug)]
 pub(crate) struct VisiblePage {
     pub(crate) page: Page,
+    /// The newest seq of the inbox in the state of the page.
     pub(crate) head: u64,
-    /// When the lease ends that the page stops at.
+    /// The time until the end of the lease at which the page stops, if it stops at one.
     pub(crate) stopped_for: Option<Duration>,
 }
 
-/// The part of a page from Postgres that may be shown.
+/// The visible part of a page from Postgres, up to the first leased message.
 #[derive(Debug)]
 pub(crate) struct Claimed {
+    /// The number of seqs before the first leased one.
     pub(crate) seqs: usize,
+    /// As [`VisiblePage::stopped_for`].
     pub(crate) stopped_for: Option<Duration>,
 }
 
 impl Redis {
-    /// The first messages of the view, if the queue shows an acceptable state.
+    /// Returns the first messages of the view, if the queue is in an accepted state.
     pub(crate) async fn read(&self, look: QueueRead<'_>) -> StoreResult<QueueAnswer> {
         let QueueRead { reader, view, state, accept, after, limit, now, term, edge } = look;
         let (view, channel) = match &view {
@@ -256,7 +262,7 @@ impl Redis {
     }
 
     /// Leases the first `page` of `seqs`, up to the first one that is leased already. One more seq
-    /// may follow, to find out whether it is leased.
+    /// may follow: the result shows whether it is leased.
     pub(crate) async fn claim(
         &self,
         reader: &ReaderId,
@@ -277,7 +283,7 @@ impl Redis {
         Ok(Claimed { seqs, stopped_for: stopped_for(stopped) })
     }
 
-    /// Says that `edge` waits for the inbox, before it is read from Postgres.
+    /// Registers `edge` as waiting for the inbox, before the inbox is read from Postgres.
     pub(crate) async fn register(&self, reader: &ReaderId, edge: &str) -> StoreResult<()> {
         let args = [text(edge), millis(REGISTERED)];
         self.script::<u64>("register", &REGISTER, &self.keys(reader, [WAITERS]), &args)
@@ -315,7 +321,7 @@ impl Redis {
         self.script("remove", &REMOVE, &self.keys(reader, ["m2", "q2", "l", WAITERS]), &args).await
     }
 
-    /// The lease lasts on from now.
+    /// Renews a lease: its duration begins again now.
     pub(crate) async fn renew(&self, reader: &ReaderId, term: LeaseTerm<'_>) -> StoreResult<()> {
         let args = [text(&term.lease.0), millis(term.lasts)];
         self.script::<u64>("renew", &RENEW, &self.keys(reader, ["l"]), &args).await.map(drop)
@@ -367,8 +373,9 @@ fn stopped_for(millis: u64) -> Option<Duration> {
 }
 
 impl Queued {
-    /// seq (8) ‖ expires_at (8) ‖ enqueued_at (8) ‖ length of channel (1) ‖ channel ‖ payload,
-    /// big-endian. `read.lua` reads all but the payload.
+    /// Encodes the message as a member of a queue: seq (8 bytes) ‖ expires_at (8) ‖ enqueued_at (8)
+    /// ‖ length of channel (1) ‖ channel ‖ payload, big-endian. `read.lua` reads all but the
+    /// payload.
     fn encode(&self) -> Bytes {
         let mut member = BytesMut::with_capacity(41 + self.envelope.payload.len());
         self.put_prefix(&mut member);
@@ -406,7 +413,7 @@ impl Queued {
     }
 }
 
-/// A history as the scripts compare it: with the version of their data.
+/// Returns a history as the scripts compare it: [`VERSION`] and the store id.
 fn history(store_id: &StoreId) -> Bytes {
     [&[VERSION][..], store_id.as_bytes()].concat().into()
 }

@@ -1,7 +1,7 @@
-//! The primary of a Redis with Sentinels. The Sentinels are asked for it before the first
-//! connection, and again when a failure shows that the primary is unreachable or no longer the
-//! primary. All of them are asked concurrently and the first valid answer counts, so one that hangs
-//! delays no call.
+//! The primary of a Redis with Sentinels. The Sentinels are asked for its address before the first
+//! connection, and again when a failure shows that the node is unreachable or not the primary any
+//! more. All Sentinels are asked concurrently and the first valid answer counts, so a hanging
+//! Sentinel delays no call.
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
@@ -13,9 +13,9 @@ use redis::{
 use super::node::{Access, is_refusal};
 
 pub(super) struct Primary {
-    /// With the credentials of the primary.
+    /// The addresses of the Sentinels, with the credentials of the primary.
     sentinels: Vec<ConnectionInfo>,
-    /// Its name in the Sentinels.
+    /// The name of the primary in the Sentinels.
     name: String,
     access: Access,
     /// Locked by the call that searches for the primary. The others wait for the result.
@@ -23,7 +23,7 @@ pub(super) struct Primary {
     current: Mutex<Option<Current>>,
 }
 
-/// A connection with a number that no earlier one has.
+/// A connection to the primary, and a number that distinguishes it from earlier ones.
 #[derive(Clone)]
 pub(super) struct Current {
     number: u64,
@@ -31,7 +31,7 @@ pub(super) struct Current {
 }
 
 impl Primary {
-    /// Completes when the primary is connected.
+    /// Finds the primary and connects to it.
     pub(super) async fn find(
         sentinels: Vec<ConnectionInfo>,
         name: String,
@@ -53,7 +53,7 @@ impl Primary {
             return Ok(current.clone());
         }
         let _search = self.search.lock().await;
-        // Another call may have found it meanwhile.
+        // Another call may have found the primary meanwhile.
         if let Some(current) = &*self.current.lock() {
             return Ok(current.clone());
         }
@@ -68,7 +68,7 @@ impl Primary {
         if outcome.as_ref().is_err_and(lost_primary) {
             let mut current = self.current.lock();
             // Many calls share a connection and fail together. The last of them must not drop the
-            // new one.
+            // new connection.
             if current.as_ref().is_some_and(|current| current.number == used.number) {
                 *current = None;
             }
@@ -91,7 +91,7 @@ impl Primary {
         Err(worst.expect("there is at least one Sentinel"))
     }
 
-    /// Returns the primary that this Sentinel names, if that node is one.
+    /// Returns a connection to the primary that this Sentinel names, if that node is a primary.
     async fn ask(&self, sentinel: &ConnectionInfo) -> RedisResult<MultiplexedConnection> {
         let (mut connection, refusal) = match self.access.open(sentinel).await {
             // Sentinels often have no password although their servers do.
@@ -127,15 +127,15 @@ impl Primary {
             // The Sentinel has not noticed the failover yet.
             _ => Err((
                 ErrorKind::Server(ServerErrorKind::MasterDown),
-                "what the Sentinel names is no primary",
+                "the node that the Sentinel names is no primary",
             )
                 .into()),
         }
     }
 }
 
-/// Whether the primary must be searched again. A node that does not answer in time counts as lost;
-/// the Sentinels decide whether another one is the primary.
+/// Returns whether the primary must be searched again after this error. A node that does not answer
+/// in time counts as lost. The Sentinels decide whether another node is the primary.
 fn lost_primary(error: &RedisError) -> bool {
     use ServerErrorKind::{MasterDown, ReadOnly};
     error.is_unrecoverable_error()

@@ -1,9 +1,9 @@
-//! Sessions in Postgres, with copies of those in use in Redis and in each edge's process: every
-//! call looks its session up, and few calls change one.
+//! Sessions in Postgres. Sessions in use have copies in Redis and in the process of each edge,
+//! because every call looks its session up, and few calls change one.
 //!
 //! **No copy is valid for longer than `ttl` after its row was read in Postgres**, also without
-//! Redis and NATS. Normally a revocation takes effect sooner: it is committed; then a mark is
-//! stored in Redis, until every copy of the row from before is too old to be valid; then the other
+//! Redis and NATS. Normally a revocation takes effect sooner. First it is committed. Then a mark is
+//! stored in Redis, until every earlier copy of the row is too old to be valid. Then the other
 //! edges receive a message through NATS and drop their copies. `confirm` always asks Postgres. A
 //! session that is bound to a device gets a new copy in Redis in the same way.
 
@@ -37,7 +37,7 @@ use crate::{
     store::Inner,
 };
 
-// A token is 256 random bits: one that exists already is of this session, created twice.
+// A token is 256 random bits, so a row with the token is of the same session, created by a repeat.
 const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
@@ -79,8 +79,8 @@ impl SessionCopies {
         Self { process: InProcess::new(ttl), redis: InRedis::new(redis, ttl), bus, ttl }
     }
 
-    /// Drops the copies here of sessions that other edges ended, until the bus is closed; and all
-    /// copies when a message may have been lost.
+    /// Drops this process's copies of sessions that other edges have ended, and all of its copies
+    /// when a message may have been lost. Completes when the bus is closed.
     pub(crate) async fn listen(self, history: History) {
         let (mut messages, mut reconnects) = (self.bus.messages(), self.bus.reconnects());
         let mut histories = history.changes();
@@ -118,7 +118,7 @@ impl SessionCopies {
         self.invalidate(tokens);
     }
 
-    /// Drops the copies of sessions that may have ended: Postgres is asked again.
+    /// Drops the copies of sessions that may have ended, so that the next lookup asks Postgres.
     pub(crate) async fn uncertain(&self, tokens: &[TokenHash]) {
         self.redis.drop(tokens).await;
         self.invalidate(tokens);
@@ -126,9 +126,9 @@ impl SessionCopies {
 
     /// Renews the copies of a session that has changed. The present row is stored in Redis, in
     /// place of a copy that another edge may have stored from an earlier read. Then the edges drop
-    /// their own copies, and read that one.
+    /// their own copies, and read the one in Redis.
     pub(crate) async fn changed(&self, inner: &Inner, token: &TokenHash) {
-        // Without Redis, a copy of another edge may have the maximum age.
+        // If Redis fails, another edge may use its copy until that is too old.
         let _ = self.replace(inner, token).await;
         self.invalidate(slice::from_ref(token));
     }
@@ -139,7 +139,7 @@ impl SessionCopies {
             let asked_at = match self.redis.find(token, inner.history.id()).await? {
                 Copy::Absent(asked_at) => asked_at,
                 Copy::Ended => return Ok(()),
-                // A copy of the row before or after the change.
+                // Another edge has stored a copy of the row, from before or after the change.
                 Copy::Found { .. } => continue,
             };
             let (store_id, session) = inner.read_session(token).await?;
@@ -198,7 +198,7 @@ impl ClusterStore {
 #[async_trait]
 impl Sessions for ClusterStore {
     async fn create(&self, mut new: NewSession) -> StoreResult<()> {
-        // With a clock that is behind, a new session would end early.
+        // If the clock of the caller is behind, a new session would end early.
         let used = new.session.last_used_at;
         let time = &self.inner.time;
         let behind = time.bounds(used, time.postgres()).latest.since(used);
@@ -224,7 +224,7 @@ impl Sessions for ClusterStore {
                 return Ok(Some(session));
             }
             Ok(Copy::Absent(now)) => Some(now),
-            // Logged where it happens. Postgres is asked.
+            // The failure is counted in the metrics of Redis, and Postgres is asked.
             Err(_) => None,
         };
         found_in("postgres");
@@ -252,8 +252,8 @@ impl Sessions for ClusterStore {
         let Inner { database, applier, .. } = &*self.inner;
         database.run(&TouchSession { token, now, expires_at }).await?;
         applier.sessions.process.touch(token, now, expires_at);
-        // Another edge that reads a copy without this use records it again; failures of Redis are
-        // logged there.
+        // Another edge that reads a copy without this use records the next use itself. Failures are
+        // counted in the metrics of Redis.
         let _ = applier.sessions.redis.touch(token, now, expires_at).await;
         Ok(())
     }
@@ -342,7 +342,7 @@ impl Statement for TouchSession<'_> {
     }
 }
 
-/// Which sessions are ended.
+/// The sessions to end.
 #[derive(Clone, Copy)]
 enum Ending {
     One(TokenHash),
@@ -382,7 +382,7 @@ impl Statement for EndSessions {
     }
 }
 
-/// The column `token` of each row.
+/// Returns the column `token` of each row.
 pub(crate) fn tokens(rows: &[PgRow]) -> sqlx::Result<Vec<TokenHash>> {
     rows.iter().map(|row| row.hash("token").map(TokenHash::new)).collect()
 }

@@ -1,8 +1,8 @@
 //! Copies of sessions in this process.
 //!
-//! A lookup that reads a row, and stores its copy only after a change of the session, would store a
-//! wrong copy. So each change increments a generation, and a lookup stores nothing if the
-//! generation has changed since it began.
+//! If a session changes after a lookup has read its row, and before the lookup stores the copy,
+//! that copy would be wrong. So each change increments a generation, and a lookup stores nothing if
+//! the generation has changed since it began.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ pub(super) struct InProcess {
 #[derive(Clone, Debug)]
 struct Entry {
     session: Session,
-    /// The end of its validity.
+    /// The end of the copy's validity.
     until: Instant,
 }
 
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_kept_that_was_read_before_a_change() {
+    async fn a_session_that_was_read_before_a_change_is_not_kept() {
         let changes: [fn(&InProcess); 3] = [
             |copies| copies.forget(&[TOKEN]),
             InProcess::clear,
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_copy_is_as_old_as_what_it_was_made_from() {
+    async fn a_touch_does_not_extend_the_validity_of_a_copy() {
         let copies = InProcess::new(TTL);
         copies.keep(TOKEN, session(), Instant::now() + TTL / 3, copies.generation());
         tokio::time::advance(TTL / 4).await;

@@ -3,8 +3,8 @@
 //! A copy has the time of Redis at which Postgres was asked, and every reader computes its age from
 //! that. So a copy from an old dump, or of an edge with other settings, is valid for no longer than
 //! any other. When a session ends, a mark replaces its copy, and no copy overwrites the mark. The
-//! mark stays for longer than a copy is valid, so a copy of a row that was read before the end is
-//! stored either before the mark or too late to be valid.
+//! mark stays for longer than a copy is valid. So a copy of a row that was read before the end is
+//! replaced by the mark, refused because of it, or too old to be valid.
 
 use std::{sync::LazyLock, time::Duration};
 
@@ -21,10 +21,10 @@ pub(super) const ENDED: Duration = Duration::from_secs(10 * 60);
 /// The first byte of a copy. The previous release wrote `S`, and does not accept these copies,
 /// since their lengths differ from its own.
 const VERSION: &[u8] = &[2];
-/// The treatment of another valid copy.
+/// The treatment of a valid copy that exists: it stays, or is replaced.
 const KEEP: &[u8] = b"keep";
 const REPLACE: &[u8] = b"replace";
-/// Concurrent writes.
+/// Maximum concurrent writes.
 const KEYS: usize = 64;
 
 static FIND: LazyLock<Script> =
@@ -67,7 +67,7 @@ impl InRedis {
         Self { redis, ttl }
     }
 
-    /// Returns a copy of this history.
+    /// Returns the session's copy, if it is of this history.
     pub(super) async fn find(&self, token: &TokenHash, store_id: StoreId) -> StoreResult<Copy> {
         let args = [
             millis(self.ttl),
@@ -168,7 +168,7 @@ impl InRedis {
             .for_each_concurrent(KEYS, |token| {
                 let command = command(self.key(token));
                 async move {
-                    // Failures of Redis are counted there.
+                    // Failures are counted in the metrics of Redis.
                     let _ = self.redis.command::<redis::Value>("session_end", &command).await;
                 }
             })
@@ -182,8 +182,9 @@ impl InRedis {
     }
 }
 
-/// last_used_at (8) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8) ‖ identity (32) ‖ length
-/// of the device (1) ‖ device (0 or 16), big-endian. `session_touch.lua` writes the first two.
+/// Encodes a session: last_used_at (8 bytes) ‖ expires_at (8) ‖ authenticated_at (8) ‖ account (8)
+/// ‖ identity (32) ‖ length of the device (1) ‖ device (0 or 16), big-endian. `session_touch.lua`
+/// writes the first two.
 fn encode(session: &Session) -> Bytes {
     let Session { account, identity, device, authenticated_at, last_used_at, expires_at } = session;
     let device = device.as_ref().map_or(&[][..], |device| device.as_bytes());

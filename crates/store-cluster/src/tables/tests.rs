@@ -7,7 +7,8 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use super::*;
 
-/// The columns of all tables but that of the migrations. A partition has those of its table.
+/// The columns of all tables but that of the migrations. Partitions are left out, since they have
+/// the columns of their table.
 const COLUMNS: &str = "
     SELECT c.relname::text, a.attname::text
       FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
@@ -145,7 +146,7 @@ async fn the_rows_of_one_account_are_erased_by_the_columns_that_name_it() {
             row.execute(&mut connection).await.unwrap_or_else(|error| panic!("{table}: {error}"));
         }
     }
-    // A table is described after those it refers to.
+    // Deletes in reverse order, since a table is described after the tables that it refers to.
     for (table, owner) in owned.iter().rev() {
         let erase = format!("DELETE FROM {table} WHERE {owner} = 1");
         let erased = sqlx::query(AssertSqlSafe(erase)).execute(&mut connection).await;

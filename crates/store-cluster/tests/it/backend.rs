@@ -1,6 +1,6 @@
 //! Postgres, Redis and NATS for one test, and edges on them. A backend under test is one edge with
-//! a database and a namespace of its own. Its crash is the loss of its runtime: tasks, leases and
-//! caches are lost in any state, and nothing is closed. Then another edge replaces it.
+//! a database and a namespace of its own. To crash, it loses its runtime: its tasks end in any
+//! state, and nothing is closed. Then another edge replaces it.
 
 use std::{
     fmt,
@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-/// Time after which a wait has failed.
+/// Time after which a wait fails.
 pub(crate) const NEVER: Duration = Duration::from_secs(60);
 /// Time between two checks of a condition.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -43,7 +43,7 @@ pub(crate) const QUICK: &[(&str, &str)] = &[("fsync", "off")];
 pub(crate) trait AnyRedis: fmt::Debug + Send + Sync + 'static {
     fn url(&self) -> String;
 
-    /// The nodes that have its keys.
+    /// Returns the nodes that have the keys.
     fn nodes(&self) -> &[Redis];
 }
 
@@ -150,7 +150,8 @@ impl<R: AnyRedis> Servers<R> {
         Config { namespace: name.clone(), ..self.config(format!("{server}/{name}"), limits) }
     }
 
-    /// Sets Postgres' clock in a database to `millis`; NULL is a Postgres that is not asked.
+    /// Sets Postgres' clock in a database to `millis`. With NULL, the instants of calls are used
+    /// instead.
     pub(crate) async fn set_postgres_clock(&self, database: &str, millis: &str) {
         let set = format!(
             "CREATE OR REPLACE FUNCTION store_now() RETURNS bigint LANGUAGE sql VOLATILE AS
@@ -190,7 +191,7 @@ impl<R: AnyRedis> Servers<R> {
         }
     }
 
-    /// Completes when all leases of the cluster have expired: its edges are dead and renew none.
+    /// Waits until all leases of the cluster have expired. Its edges are dead and renew none.
     async fn leases_have_run_out(&self, config: &Config) {
         eventually("the leases of a dead edge to run out", || async {
             for node in self.redis.nodes() {
@@ -204,7 +205,7 @@ impl<R: AnyRedis> Servers<R> {
     }
 }
 
-/// Whether a lease at this node has not expired. A node that is down has none.
+/// Returns whether this node has a lease that has not expired. A node that is down has none.
 async fn has_leases(node: &Redis, namespace: &str) -> bool {
     let Ok(mut redis) = node.connect().await else { return false };
     let now = redis.command(["TIME"]).await.expect("TIME");
@@ -249,7 +250,7 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut is_so: 
 #[derive(Debug)]
 pub(crate) struct Clusters<R = Redis> {
     servers: Arc<Servers<R>>,
-    /// Whether they store payloads once that several messages share.
+    /// True if the clusters are marked from the beginning, and so store shared payloads once.
     are_marked: bool,
 }
 
@@ -331,8 +332,8 @@ impl Process {
     }
 
     pub(crate) async fn crash(self) {
-        // A runtime must not be dropped by a task. Its end is awaited, since a dead process does
-        // nothing more.
+        // A runtime must not be dropped by a task. This waits for the end of the runtime, since a
+        // dead process executes nothing any more.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

@@ -20,7 +20,8 @@ use crate::{
 
 const DAY: u64 = 86_400_000;
 
-/// A clock that shows the time of this machine and `ahead` milliseconds, as two's complement.
+/// A clock that is `ahead` milliseconds ahead of the time of this machine. The number is in two's
+/// complement, so it may be negative.
 #[derive(Clone, Debug, Default)]
 struct Wrong {
     ahead: Arc<AtomicU64>,
@@ -38,7 +39,7 @@ impl Clock for Wrong {
     }
 }
 
-/// A cluster whose Postgres has a clock of its own, and an edge's clock.
+/// Creates a cluster in which Postgres has the real time, and its edges have the returned clock.
 async fn cluster(servers: &Servers) -> (Config, Wrong) {
     let config = servers.cluster(StoreLimits::default()).await;
     let real = "extract(epoch FROM clock_timestamp()) * 1000";
@@ -88,8 +89,8 @@ async fn an_edge_whose_clock_is_ahead_refills_no_bucket() {
     assert!(matches!(earlier, Verdict::RetryAfter(wait) if wait < Duration::from_secs(86_400)));
 }
 
-/// The statement itself reads Postgres' clock, so that also the first sweep of an edge compares the
-/// clocks.
+/// The statement of the sweep reads Postgres' clock, so even the first sweep of an edge compares
+/// the clocks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sweep_of_an_edge_whose_clock_is_ahead_ends_no_session() {
     let servers = Servers::start().await;

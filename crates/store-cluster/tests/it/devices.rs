@@ -266,7 +266,8 @@ async fn a_registration_counts_at_every_edge_immediately() {
     }
 }
 
-/// The queue of the single reader is loaded and waited for while the first device is registered.
+/// The queue of the single reader is loaded, and a call waits for it, while the first device is
+/// registered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_registration_while_another_edge_has_the_queue_loaded_loses_nothing() {
     let world = World::<2>::new().await;
@@ -290,8 +291,8 @@ async fn a_registration_while_another_edge_has_the_queue_loaded_loses_nothing() 
     }
 }
 
-/// Many messages through two edges while devices come and go at both: every device gets a suffix of
-/// the stream without a gap.
+/// Two edges accept many messages while devices are registered at both. Every device gets a suffix
+/// of the stream without a gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn devices_that_come_during_sends_at_two_edges_miss_nothing() {
     const MESSAGES: usize = 60;
@@ -325,7 +326,7 @@ async fn devices_that_come_during_sends_at_two_edges_miss_nothing() {
     }
 }
 
-/// More messages wait for a device than fit a queue, and they are read from Postgres.
+/// More messages wait for a device than fit a queue, so they are read from Postgres.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_inbox_is_read_by_each_device_on_its_own_position() {
     const MESSAGES: usize = 600;
@@ -391,7 +392,7 @@ async fn no_device_is_registered_while_an_older_edge_is_connected_and_none_start
     let refused = ClusterStore::connect(&other).await.expect_err("another cluster's");
     assert!(matches!(refused, qpq_store_cluster::ConnectError::OtherCluster), "{refused}");
     qpq_store_cluster::Operator::connect(&world.config).await.expect("the operator's");
-    // An edge of an older release has ended by itself.
+    // In a marked cluster, the connection of an older edge prevents no registration.
     let _older = older_edge(&world.config).await;
     world.is_registered(&a, 2).await;
 }
@@ -467,7 +468,7 @@ async fn an_absent_device_is_moved_in_bounded_steps() {
         }
         steps.push(swept.rows);
     }
-    // Device 1 waits for all of them, so none is removed.
+    // All messages still wait for device 1, so none is removed.
     assert_eq!((steps.as_slice(), moved), (&[1, 1, 1][..], vec![world.alice.identity]));
     assert_eq!(world.sql("SELECT min(upto) || '/' || max(upto) FROM device").await, "0/600");
     assert!(matches!(peek(2, later).await, Err(ReadError::PositionLost)));

@@ -36,7 +36,7 @@ impl<const N: usize> Edges<N> {
     }
 }
 
-/// Registers both at the same time, each on its edge.
+/// Registers two accounts at the same time, each on its edge.
 async fn register(a: &Stores, b: &Stores, one: NewAccount, two: NewAccount) -> [Registration; 2] {
     let (one, two) = tokio::join!(a.accounts.register(one), b.accounts.register(two));
     [one.expect("register"), two.expect("register")]
@@ -207,7 +207,7 @@ async fn edges_count_one_budget() {
     assert_eq!(tasks.join_all().await.iter().sum::<u32>(), 100);
     assert_eq!(a.limiter.take(budget(1), slow, 1, NOW).await.expect("take"), retry(1_000_000));
 
-    // A third of a token is lost on nobody's way.
+    // No fraction of a token is lost between edges.
     let thirds = Bucket { burst: 3, per_second: 0.3 };
     for stores in [&a, &b, &a] {
         assert_eq!(
@@ -303,8 +303,8 @@ async fn concurrent_sweeps_remove_each_row_once() {
     for maintenance in stores.iter().map(|stores| Arc::clone(&stores.maintenance)) {
         tasks.spawn(async move {
             let mut rows = 0;
-            // A sweep that finds another one in progress answers 0 too, so each sweeps more often
-            // than there are batches.
+            // A sweep also returns 0 while another one is in progress, so each task sweeps more
+            // often than there are batches.
             for _ in 0..20 {
                 rows += maintenance.sweep(after).await.expect("sweep").rows;
             }

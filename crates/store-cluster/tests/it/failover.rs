@@ -1,5 +1,5 @@
 //! A Redis that changes while messages are sent and read: a primary is replaced by command, or
-//! because it is killed or hangs; nodes of a Cluster are added and removed and change their slots.
+//! because it is killed or hangs; a Cluster moves a slot, loses its scripts, and restarts a node.
 
 use std::{
     sync::{
@@ -34,7 +34,7 @@ const AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 struct Progress {
     acked: AtomicU64,
-    /// Up to which message the sender may go.
+    /// The number of the last message that the sender may send.
     open: AtomicU64,
 }
 
@@ -70,8 +70,8 @@ fn message(to: Person, n: u64) -> NewMessage {
     }
 }
 
-/// One message after the other, numbered. Redis is no part of accepting one, so none is ever
-/// refused.
+/// Sends numbered messages, one after the other. None is ever refused, because a message is
+/// accepted without Redis.
 async fn send(stores: Stores, to: Person, progress: Arc<Progress>) {
     for n in 1..=ALL {
         eventually("the next lap", || async { progress.open.load(Ordering::Acquire) >= n }).await;
@@ -89,8 +89,8 @@ fn everything(inbox: IdentityKey) -> ReadQuery {
     ReadQuery { reader: Reader::single(inbox), view: View::All }
 }
 
-/// Reads the messages page by page: each is next in order, and no acknowledged one is returned
-/// again. Half of the pages are completed, the other half acknowledged.
+/// Reads the messages page by page, and checks that none is missing and no acknowledged one is
+/// returned again. Completes half of the pages, and acknowledges the other half.
 async fn receive(stores: Stores, who: Person, progress: Arc<Progress>) {
     let (read, limit) = (everything(who.identity), PageLimit { messages: 7, bytes: 1 << 20 });
     let mut acked = 0;
@@ -141,13 +141,13 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     };
     let redis = &servers.redis;
 
-    // By order, while they pass.
+    // The primary is replaced by command, while messages are sent.
     comes_to(&progress.acked, LAP / 2).await;
     progress.open.store(2 * LAP, Ordering::Release);
     redis.fail_over().await.expect("the Sentinel");
     comes_to(&progress.acked, 2 * LAP).await;
 
-    // It is killed.
+    // The primary is killed.
     progress.open.store(3 * LAP, Ordering::Release);
     comes_to(&progress.acked, 2 * LAP + 1).await;
     redis.lose_primary().await.expect("the Sentinel");
@@ -155,11 +155,11 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     let (primary, killed) =
         (redis.primary().await.expect("one"), redis.replica().await.expect("the other"));
     killed.start_again().await.expect("Redis");
-    // The Sentinel would order the same, some ten seconds later.
+    // The Sentinel would send the same command, about ten seconds later.
     killed.command(["REPLICAOF", "127.0.0.1", &primary.port().to_string()]).await.expect("Redis");
     redis.wait_for_replica().await.expect("the replica");
 
-    // It hangs: connections to it stay open.
+    // The primary hangs: connections to it stay open.
     progress.open.store(4 * LAP, Ordering::Release);
     comes_to(&progress.acked, 3 * LAP + 1).await;
     let old = redis.primary().await.expect("the Sentinel");
@@ -178,7 +178,7 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
     }
 }
 
-/// Redis answers again, and the inbox is empty.
+/// Waits until Redis answers, and checks that the inbox is empty.
 async fn serves_again(stores: &Stores, who: Person) {
     persist("the check", || stores.maintenance.check()).await;
     let limit = PageLimit { messages: 7, bytes: 1 << 20 };
@@ -188,8 +188,7 @@ async fn serves_again(stores: &Stores, who: Person) {
     assert!(rest.envelopes.is_empty(), "all of it is acknowledged");
 }
 
-/// Sends the message with this number, takes it, and has it removed; it is the only one that is
-/// there.
+/// Sends the message with this number, and reads and completes it. The inbox has no other message.
 async fn pass(stores: &Stores, who: Person, n: u64) -> Result<(), ReadError> {
     stores.inboxes.enqueue(Batch::new(vec![message(who, n)])).await.expect("Postgres is there");
     take(stores, who, n).await

@@ -141,7 +141,7 @@ async fn of_64_commits_for_one_epoch_on_three_edges_one_wins() {
         let mut tasks = JoinSet::new();
         for n in 0..COMMITS {
             let (stores, sender) = (stores[n % 3].clone(), world.people[n % 8]);
-            // Some are repeated with an id, and some have none.
+            // A quarter of the commits have no message id.
             let message = commit(sender, &format!("{round} of {n}"), round.into());
             let message = if n % 4 == 0 { message } else { with_id(message, n as u8 + 64 * round) };
             tasks.spawn(async move { (n, send(&stores, message).await) });
@@ -182,7 +182,7 @@ async fn a_commit_whose_answer_was_lost_is_repeated_on_another_edge() {
             if n % 2 == 0 { message } else { GroupMessage { recipients: listed(), ..message } };
         let (groups, sent) = (lost.store.stores().groups, message.clone());
         let sending = tokio::spawn(async move { groups.send(sent).await });
-        // From before the transaction to after the answer.
+        // The edge crashes at a time from before the transaction to after the answer.
         sleep(Duration::from_millis(u64::from(n) * 2)).await;
         lost.crash().await;
         let first = timeout(NEVER, sending).await.expect("in time").expect("no panic");
@@ -225,7 +225,7 @@ async fn commits_and_plain_messages_to_the_same_inboxes_do_not_deadlock() {
     let stores = world.stores();
     let mut tasks = JoinSet::new();
     for (n, edge) in stores.iter().enumerate() {
-        // Commits, in turn with those of the other edges.
+        // Commits, which compete with those of the other edges.
         let (stores, sender, text) = (edge.clone(), world.people[n], c.clone());
         tasks.spawn(async move {
             let mut won = 0;
@@ -342,7 +342,7 @@ async fn an_id_whose_messages_have_expired_is_free_in_any_number_of_inboxes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_of_many_half_full_inboxes_has_the_share_of_its_sender() {
     const PEOPLE: u8 = 150;
-    // More than four of eight are more than half, and a share is two.
+    // Five messages of eight are more than half, and a sender's share is two.
     let limits = DeliveryLimits { max_messages: 8, sender_share: 4, ..DeliveryLimits::default() };
     let world = World::<1>::with(limits, PEOPLE).await;
     let [stores] = world.stores();
@@ -357,7 +357,8 @@ async fn each_of_many_half_full_inboxes_has_the_share_of_its_sender() {
             stores.inboxes.enqueue(Batch::new(chunk.to_vec())).await.expect("enqueue");
         }
     }
-    // Five in each. Alice has one of two, and bob more than his share.
+    // Each inbox has five messages: alice has one of her share of two, and bob has more than his
+    // share.
     let refused = send(&stores, to_all(bob, "b")).await.expect("accepted");
     assert_eq!(refused.skipped, u32::from(PEOPLE));
     let sent = send(&stores, to_all(alice, "a")).await.expect("accepted");
@@ -414,7 +415,8 @@ fn node() -> Vec<(Table, Vec<Row>, Vec<Row>)> {
         let row = |info| [first.clone(), vec![info, number(9)]].concat();
         (row(info), row(hashed))
     };
-    // The second one has joined last, and first of those of the other group.
+    // The ids give the order in which the members of both groups joined. Canonical rows have the
+    // place in the group instead.
     let member = |id: i64, place: i64, group: Cell, account: u8, role: i64| {
         let rest = vec![number(role), number(5)];
         (
@@ -424,7 +426,7 @@ fn node() -> Vec<(Table, Vec<Row>, Vec<Row>)> {
     };
     let (one, two) = (|| Cell::Bytes(G.as_bytes().to_vec()), || bytes(2, 16));
     let pair = Cell::Bytes([[201; 32], [203; 32]].concat());
-    // Version 1, all members, three of them, one skipped.
+    // The encoded outcome: version 1, all members, three recipients, one skipped.
     let outcome = || vec![number(1), number(7), Cell::Bytes(vec![1, 0, 0, 0, 0, 3, 0, 0, 0, 1])];
     let commit = (
         [vec![one(), number(1), bytes(5, 16)], outcome()].concat(),
@@ -475,7 +477,7 @@ async fn imported_groups_are_as_they_were() {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;
     let stores = edge(&config).await.stores();
-    // Accounts and members of the cluster, so that the numbers differ.
+    // The cluster has an account of its own, so that the numbers of accounts differ.
     person(&stores, 1).await;
     import(&config).await.expect("imported");
     let mut people = Vec::new();
@@ -496,7 +498,7 @@ async fn imported_groups_are_as_they_were() {
     let repeated = GroupMessage { now: UnixMillis(7), ..repeated };
     let sent = send(&stores, repeated).await.expect("accepted");
     assert_eq!((sent.epoch, sent.recipients, sent.skipped, sent.is_repeat), (1, 3, 1, true));
-    // The direct group is found by its pair, and the next member has a later place.
+    // The direct group is found by its pair.
     let pair = Pair::new(people[0].identity, people[2].identity).expect("two");
     let direct = NewGroup {
         id: GroupId::new([9; 16]),

@@ -22,9 +22,9 @@ const EVERYTHING: PageLimit = PageLimit { messages: 100, bytes: 1 << 20 };
 /// The way in which Postgres goes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum How {
-    /// Its asynchronous standby is promoted.
+    /// An asynchronous standby is promoted.
     Promotion,
-    /// It is recovered to a point in time.
+    /// Postgres is recovered to a point in time.
     Recovery,
     /// A copy is started, and the operator marks it as restored.
     Copy,
@@ -59,7 +59,7 @@ impl World {
         self.edges[edge].stores()
     }
 
-    /// Notes the present, which Postgres will go back to.
+    /// Records the present state, to which Postgres will go back.
     async fn note(&self, how: How) -> Past {
         let postgres = &self.servers.postgres;
         match how {
@@ -98,7 +98,7 @@ impl World {
         }
     }
 
-    /// Sends from alice to bob through the first edge; the seqs.
+    /// Sends messages from alice to bob through the first edge. Returns their seqs.
     async fn send(&self, texts: &[&str]) -> Vec<u64> {
         let message = |text: &&str| NewMessage {
             sender: self.alice.identity,
@@ -144,7 +144,7 @@ impl World {
     }
 }
 
-/// Does it again while a connection of before is in the way.
+/// Repeats an attempt while it fails, as on a connection to the earlier Postgres.
 async fn available<T, E: Display, F: Future<Output = Result<T, E>>>(attempt: impl Fn() -> F) -> T {
     let deadline = Instant::now() + NEVER;
     loop {
@@ -183,7 +183,7 @@ async fn lost_messages_are_never_shown_and_new_ones_once(how: How) {
         assert_eq!(world.stores(edge).maintenance.store_id(), page.store_id);
     }
 
-    // A client of the earlier history has read everything, but in that history.
+    // The client has read everything, but in the earlier history.
     let old = stale.page().store_id;
     stale.complete(NOW).await.expect("nothing is wrong with that");
     let ack = Ack { up_to: Some(Seq(6)), store_id: Some(old), ..Ack::default() };
@@ -282,7 +282,7 @@ async fn a_lost_session_ends_and_a_revoked_one_stays_revoked() {
     world.go_back(past).await;
     for edge in 0..2 {
         let sessions = &world.stores(edge).sessions;
-        // Their copies are of another history, whatever their age.
+        // The copies of the session are of another history, whatever their age.
         eventually("the session to end", || async {
             sessions.find(&token(1)).await.expect("find").is_none()
         })
@@ -291,7 +291,7 @@ async fn a_lost_session_ends_and_a_revoked_one_stays_revoked() {
     }
 }
 
-/// The id that a cluster has is the same for all edges, and for one that is started again.
+/// The id of the history is the same for all edges, also for an edge that starts later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_of_postgres_begins_no_history() {
     let world = World::new().await;

@@ -17,8 +17,7 @@ use crate::{
     people::{HOUR, NOW, person},
 };
 
-/// Keeps the gauges and counters of whatever runs on one thread. A counter is the sum over its
-/// labels.
+/// Records the gauges and counters of all code on one thread. A counter is the sum over its labels.
 #[derive(Debug, Default)]
 struct Gauges(Mutex<HashMap<String, Arc<AtomicU64>>>);
 
@@ -50,7 +49,7 @@ impl Recorder for Gauges {
     }
 }
 
-/// On one thread, so that the gauges are those of this edge alone.
+/// Runs on one thread, so that the gauges are those of this edge alone.
 #[tokio::test]
 async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     let gauges = Gauges::default();
@@ -72,7 +71,7 @@ async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     sees(3.0).await;
     three.crash().await;
     sees(2.0).await;
-    // It hangs, without a closed connection.
+    // NATS hangs, without a closed connection.
     servers.nats.freeze();
     sees(1.0).await;
     servers.nats.thaw();
@@ -81,7 +80,7 @@ async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
     one.close().await;
 }
 
-/// On one thread, as above. Counts the attempted calls, not their duration.
+/// Runs on one thread, as above. Counts the attempted calls, and does not measure their duration.
 #[tokio::test]
 async fn a_redis_that_hangs_gets_no_calls_until_it_answers() {
     let gauges = Gauges::default();

@@ -1,4 +1,4 @@
-//! Shared payloads: which messages share one, and its removal with the last of them.
+//! Shared payloads: the messages that share one, and its removal with the last of them.
 
 use std::sync::Arc;
 
@@ -139,13 +139,13 @@ async fn payloads_are_stored_once_from_the_first_device_on() {
     register(&two, world.people[0], 1).await;
     world.fan_out(&one, payload(2, 2_000), 6).await;
     assert_eq!(world.payloads().await, "1|6|0");
-    // Neither a small payload nor one for few.
+    // A small payload, and one for few recipients, are not stored once.
     world.fan_out(&one, payload(3, 511), 6).await;
     world.fan_out(&one, payload(4, 2_000), 3).await;
     assert_eq!(world.payloads().await, "1|6|0");
     world.fan_out(&two, payload(5, 512), 4).await;
     assert_eq!(world.payloads().await, "2|10|0");
-    // Equal payloads of different calls are different ones.
+    // Equal payloads in separate memory are not shared.
     let messages: Vec<_> = world.people.iter().map(|to| message(*to, payload(6, 2_000))).collect();
     two.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
     assert_eq!(world.payloads().await, "2|10|0");
@@ -219,7 +219,7 @@ async fn a_payload_goes_with_its_last_message_however_that_is_removed() {
     world.fan_out(&one, payload(1, 5_000), 6).await;
     world.fan_out(&one, payload(2, 5_000), 6).await;
     assert_eq!(world.payloads().await, "2|12|0");
-    // Completed, acked, and acked by both devices.
+    // Messages are completed, acked, and acked by both devices.
     one.inboxes
         .lease(all_of(a), EVERYTHING, NOW)
         .await
@@ -253,7 +253,7 @@ async fn payloads_of_expired_messages_go_with_a_sweep_and_with_the_next_messages
         world.fan_out(&stores, payload(n, 600), PEOPLE.into()).await;
     }
     assert_eq!(world.payloads().await, "3|300|0");
-    // The expired messages of some of the inboxes, and the rest by sweeps.
+    // The enqueue removes the expired messages of some of the inboxes, and sweeps remove the rest.
     let messages: Vec<_> = world
         .people
         .iter()
@@ -287,7 +287,7 @@ async fn concurrent_removals_of_the_same_payloads_count_right_and_do_not_deadloc
         let stores = stores[n % 3].clone();
         tasks.spawn(async move {
             let mut first = 1;
-            // In different orders: single seqs, all of it, and pages.
+            // In different orders: single seqs, all messages, and pages.
             for seq in (1..=u64::from(PAYLOADS) / 2).rev().filter(|_| n % 2 == 0) {
                 let ack = Ack { up_to: None, seqs: vec![Seq(seq)], store_id: None };
                 assert_eq!(stores.inboxes.ack(all_of(person), ack, NOW).await.expect("ack"), 1);

@@ -53,7 +53,7 @@ pub(crate) async fn open(stores: &Stores, n: u8, person: Person) -> Session {
     session
 }
 
-/// The package with this number, valid for an hour.
+/// Returns the package with this number, valid for an hour.
 pub(crate) fn package(n: u8) -> NewKeyPackage {
     NewKeyPackage {
         fingerprint: [n; 32],

@@ -15,12 +15,12 @@ use crate::{
     people::{HOUR, NOW, Person, open, person, token},
 };
 
-/// So long that a copy that is missing was removed, and not too old.
+/// Longer than any of these tests, so a missing copy was removed and did not expire.
 const FOR_EVER: Duration = Duration::from_secs(10 * 60);
-/// So short that a test can wait until a copy is too old.
+/// Short enough for a test to wait until a copy is too old.
 const BRIEF: Duration = Duration::from_secs(2);
 
-/// A cluster whose edges use copies of sessions for that time.
+/// Creates a cluster in which copies of sessions are valid for that time.
 async fn cluster(session_cache: Duration) -> (Arc<Servers>, Config) {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;
@@ -40,7 +40,8 @@ async fn is_over(stores: &Stores, n: u8) {
     eventually("a session to be over", || async { find(stores, n).await.is_none() }).await;
 }
 
-/// Completes when `to` receives an event of `from`: a subscription takes effect after some time.
+/// Waits until `to` receives an event of `from`, because a subscription takes effect after some
+/// time.
 async fn receive_each_other_s_messages(from: &Stores, to: &Stores, person: Person) {
     let mut heard = to.account_events.listen();
     loop {
@@ -52,7 +53,7 @@ async fn receive_each_other_s_messages(from: &Stores, to: &Stores, person: Perso
     }
 }
 
-/// Where Redis keeps the copy of the session with this number.
+/// Returns the key in Redis of the copy of the session with this number.
 fn copy_of(config: &Config, n: u8) -> String {
     let hex: String = token(n).as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{}:s:{hex}", config.namespace)
@@ -106,7 +107,7 @@ async fn an_edge_drops_all_copies_when_nats_reconnects() {
     assert_eq!(find(&b, 1).await, Some(opened.clone()));
     servers.nats.kill9().await.expect("NATS");
     assert_eq!(revoke(&a, 1).await, 1);
-    // The message that it could not send is lost with it.
+    // The message about the revocation, which this edge could not send, is lost with the edge.
     one.crash().await;
     assert_eq!(find(&b, 1).await, Some(opened), "no message has reached it");
     servers.nats.start_again().await.expect("NATS");
@@ -153,7 +154,7 @@ async fn a_flushed_redis_ends_no_session_and_brings_none_back() {
     servers.redis.flush_all().await.expect("Redis");
     assert_eq!(find(&a, 1).await, Some(kept.clone()));
     assert_eq!(revoke(&a, 2).await, 1);
-    // The mark of its end is lost too.
+    // The mark of the session's end is lost, too.
     servers.redis.flush_all().await.expect("Redis");
     is_over(&b, 2).await;
     let three = edge(&config).await;
@@ -169,7 +170,7 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
     let alice = person(&a, 1).await;
     let opened = open(&a, 1, alice).await;
     assert_eq!(find(&a, 1).await, Some(opened), "and Redis has a copy");
-    // So that the copy does not expire in Redis first.
+    // Without an expiry, so that the copy does not expire in Redis first.
     let copy = copy_of(&config, 1);
     assert_eq!(servers.redis.command(["PERSIST", &copy]).await.expect("Redis"), Reply::Integer(1));
     let before = servers.redis.snapshot().await.expect("a dump");

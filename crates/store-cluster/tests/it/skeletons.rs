@@ -11,8 +11,8 @@ use crate::{
     people::new_account,
 };
 
-/// Accounts `from` to `to`, as an edge of the previous release inserts them: `x17` and, with the
-/// same skeleton, `xl7`.
+/// Inserts accounts named $1 and a number from $2 to $3, as an edge of the previous release does.
+/// With the prefixes `x1` and `xl`, two names have the same skeleton.
 const INSERT: &str = "
     WITH new AS (
         INSERT INTO account (username, identity, opaque_record, created_at)

@@ -1,5 +1,5 @@
 //! The start of an edge: unreachable servers are retried until a timeout, and permanent errors are
-//! reported immediately, in the same words for all three servers.
+//! reported immediately. The errors are the same for all three servers.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -129,7 +129,7 @@ async fn a_refusal_of_redis_is_reported_immediately() {
     config.redis.url = format!("redis://weak:{WRONG}@{}", servers.redis.addr());
     is_refused(&config, "Redis", "redis", "NOPERM").await;
 
-    // A password where none is wanted may be meant for another server.
+    // A server without a password refuses one, which may be meant for another server.
     servers.redis.command(["CONFIG", "SET", "requirepass", ""]).await.expect("Redis");
     config.redis.url = format!("redis://:{WRONG}@{}", servers.redis.addr());
     is_refused(&config, "Redis", "redis", "without any password configured").await;
@@ -166,7 +166,7 @@ async fn a_refusal_of_nats_is_reported_immediately() {
     is_refused(&config, "NATS", "nats", "authorization violation").await;
 }
 
-/// By a token in the URL or in a file. All other tests use a user and a password.
+/// The token is in the URL or in a file. All other tests use a user and a password.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_nats_that_requires_a_token_gets_it() {
     let servers = Servers::start().await;
@@ -221,13 +221,13 @@ async fn an_untrusted_certificate_is_reported_immediately() {
     is_untrusted(&config, "Postgres", "postgres", "UnknownIssuer").await;
 }
 
-/// Accepted by an edge that trusts the authority, and by no other.
+/// Asserts that an edge connects if it trusts the servers' authority, and is refused otherwise.
 async fn trusts_its_authority<R: AnyRedis>(servers: &Servers<R>) {
     let mut config = ready(servers).await;
     let store = edge(&config).await;
     let limiter = store.stores().limiter;
     for n in 0..30 {
-        // Each lies somewhere else in a Redis Cluster.
+        // In a Redis Cluster, the keys are on different nodes.
         let (key, bucket) =
             (LimitKey { class: "start", subject: [n; 16] }, Bucket { burst: 1, per_second: 0.001 });
         assert_eq!(limiter.take(key, bucket, 1, NOW).await.expect("take"), Verdict::Allowed);
@@ -276,7 +276,8 @@ async fn a_server_without_tls_is_refused_where_tls_is_required() {
     assert!(said.contains("redis.ca is given") && said.contains("rediss"), "{said}");
     config.redis.url = config.redis.url.replace("redis://", "rediss://");
     config.start_timeout = BRIEF;
-    // A Redis that receives this byte waits for the rest of a command.
+    // A Redis without TLS reads the first byte of a TLS handshake as the start of a command, and
+    // waits for the rest.
     fails_after_the_start_timeout(&config, "Redis", "redis.url", "no answer within").await;
 }
 
@@ -303,7 +304,8 @@ async fn a_file_without_authorities_is_refused_by_name() {
     }
 }
 
-/// The edge must stop waiting for `server`, and name the time and the setting.
+/// Asserts that the edge stops waiting for the server, and that its error names the timeout and the
+/// setting.
 async fn fails_after_the_start_timeout(config: &Config, name: &str, setting: &str, why: &str) {
     let said = failure(config).await.to_string();
     assert!(
@@ -317,7 +319,7 @@ async fn fails_after_the_start_timeout(config: &Config, name: &str, setting: &st
 async fn a_server_that_hangs_fails_the_start_after_its_timeout() {
     let servers = Servers::start().await;
     let config = Config { start_timeout: BRIEF, ..ready(&servers).await };
-    // Only `start_timeout` ends it.
+    // Only `start_timeout` ends the start.
     let config = Config { redis_timeout: FOREVER, postgres_timeout: FOREVER, ..config };
     servers.nats.freeze();
     fails_after_the_start_timeout(&config, "NATS", "nats.url", "no answer within").await;
@@ -384,8 +386,8 @@ async fn servers_that_start_later_are_retried() {
     servers.redis.kill9().await.expect("Redis");
     servers.nats.kill9().await.expect("NATS");
     let starts = async {
-        // Each server is started after the one before was reached. Postgres is the first, and its
-        // recovery is reported.
+        // The servers start one after the other. Postgres is the first, and reports its recovery
+        // while it starts.
         servers.postgres.start_again().await.expect("Postgres");
         servers.redis.start_again().await.expect("Redis");
         servers.nats.start_again().await.expect("NATS");
@@ -396,7 +398,7 @@ async fn servers_that_start_later_are_retried() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_loads_its_dump_is_retried() {
-    // Slowly, with pauses in which the recovery is reported.
+    // Redis loads its dump slowly, with pauses in which it reports that it loads.
     let slow = [("key-load-delay", "1000"), ("loading-process-events-interval-bytes", "1024")];
     let servers = Servers::with(Redis::start_with(&slow)).await;
     let config = ready(&servers).await;

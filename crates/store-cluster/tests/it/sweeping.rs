@@ -15,7 +15,7 @@ use crate::{
 const INBOXES: u8 = 12;
 const EXPIRED: u64 = 10_000;
 
-/// Makes as many inboxes, each full of messages that have expired an hour ago.
+/// Creates `inboxes` inboxes, each full of messages that expired an hour ago.
 async fn fill(servers: &Servers, config: &Config, stores: &Stores, inboxes: u8) {
     for n in 0..inboxes {
         person(stores, n).await;
@@ -92,7 +92,7 @@ async fn a_sweep_empties_many_full_inboxes() {
     assert_eq!(servers.postgres.sql_in(&config.namespace, heads).await.expect("heads"), "0");
 }
 
-/// Each row takes so long that a whole batch never ends in time.
+/// The removal of each row takes so long that a whole batch never ends in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sweep_that_takes_too_long_goes_on_with_fewer_rows() {
     let servers = Servers::start().await;

@@ -3,7 +3,7 @@
 //!
 //! A transaction accepts messages into up to ten thousand inboxes, whose heads are locked until it
 //! ends. So the number of rows that it reads is bounded. For an inbox beyond the bound, the counts
-//! of its head are used, with the expired messages that a sweep has not removed yet. A sender
+//! of its head are used, which include expired messages that no sweep has removed yet. A sender
 //! beyond the bound counts as having used up its share of the inbox.
 
 use std::{
@@ -33,11 +33,13 @@ const INSPECTED: usize = 64;
 const LOOKED_UP: usize = 64;
 
 /// Maximum messages of one sender that are counted. Beyond it, the sender counts as having used up
-/// its share of each further inbox. A sender that is far below its shares never reaches it.
+/// its share of each further inbox. A sender that is far below its shares never reaches this
+/// maximum.
 const COUNTED: u64 = 64 << 10;
 
 /// Counts the messages of senders in inboxes whose heads are locked: $1 inboxes, $2 senders, $3
-/// now, $4 maximum rows of each. Each of the two indexes has the messages that the other one lacks.
+/// now, $4 maximum rows of each. The two parts count the messages with and without an id, each by
+/// an index of its own.
 const HELD: &str = concat!(
     "SELECT h.messages, h.bytes
       FROM unnest($1::int8[], $2::bytea[], $3::int8[]) WITH ORDINALITY
@@ -56,9 +58,9 @@ const HELD: &str = concat!(
      ORDER BY k.place"
 );
 
-/// Removes expired messages of the inboxes, since they may fill an inbox or keep a message id too
-/// long. At most [`SWEEP`] rows of [`INSPECTED`] inboxes, the fullest first, and those that have
-/// the ids of the messages. The others go with a sweep or with the next messages.
+/// Removes expired messages of the inboxes, since they may fill an inbox or occupy a message id.
+/// Removes at most [`SWEEP`] rows of the [`INSPECTED`] fullest inboxes, and in addition the expired
+/// messages whose ids are used again. A sweep or a later call removes the others.
 pub(super) async fn make_room(
     connection: &mut PgConnection,
     heads: &mut HashMap<IdentityKey, Head>,
@@ -198,8 +200,8 @@ pub(super) struct Holder {
     pub(super) now: UnixMillis,
 }
 
-/// Returns the number and the bytes of the senders' messages in the inboxes: exact below the share
-/// of messages, and at least that share otherwise.
+/// Returns the number and the bytes of the senders' messages in the inboxes. The number is exact
+/// below the sender's share of messages, and at least that share otherwise.
 pub(super) async fn held(
     connection: &mut PgConnection,
     holders: &[Holder],

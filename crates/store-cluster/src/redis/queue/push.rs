@@ -12,11 +12,11 @@ use super::{MAX_MESSAGES, Queued, ReaderId, Redis, RegistrationId, WAITERS, hist
 
 static PUSH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("../scripts/push.lua")));
 
-/// Bytes pushed to a queue before it is dropped, to be loaded with a new count: removals do not
-/// reduce the count.
+/// Maximum bytes pushed to a queue. Beyond it, the queue is dropped, and the next load counts
+/// again: removals do not reduce the count.
 const BYTES_PUSHED: u64 = 4 << 20;
 
-/// Maximum queues and bytes of payloads in one call. Redis does nothing else meanwhile.
+/// Maximum queues and bytes of payloads in one call. Redis executes nothing else during a call.
 const CALL_QUEUES: usize = 64;
 const CALL_BYTES: usize = 256 << 10;
 
@@ -24,7 +24,7 @@ const CALL_BYTES: usize = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Push {
     pub(crate) inbox: IdentityKey,
-    /// None for the single reader.
+    /// The devices of the inbox; `None` for the single reader.
     pub(crate) devices: Option<Vec<RegistrationId>>,
     /// The channel of the messages, or all channels.
     pub(crate) view: View,
@@ -32,8 +32,8 @@ pub(crate) struct Push {
 }
 
 impl Push {
-    /// Returns the readers whose queues get the messages. An inbox with devices that the committer
-    /// does not know yet has none.
+    /// Returns the readers whose queues get the messages. There are none if the inbox has devices
+    /// that the committer has not seen yet.
     fn readers(&self) -> impl Iterator<Item = ReaderId> {
         let devices = self.devices.iter().flatten().map(|device| Some(*device));
         let single = self.devices.is_none().then_some(None);
@@ -46,8 +46,8 @@ impl Push {
 }
 
 impl Redis {
-    /// Divides pushes into those of one call each. The keys of a call must be in one slot of a
-    /// Redis Cluster, so there each inbox has a call of its own.
+    /// Divides pushes into groups, one for each call of the script. The keys of a call must be in
+    /// one slot of a Redis Cluster, so there each inbox has a call of its own.
     pub(crate) fn calls(&self, pushes: Vec<Push>) -> Vec<Vec<Push>> {
         let mut calls: Vec<Vec<Push>> = Vec::new();
         let (mut queues, mut bytes) = (0, 0);
@@ -113,7 +113,7 @@ struct Payloads {
 
 impl Payloads {
     /// Returns the place of a payload, from 1. Two messages share a payload if they share its
-    /// memory, as in a message to many.
+    /// memory, as in a fan-out.
     fn place(&mut self, payload: &Bytes) -> u64 {
         *self.places.entry((payload.as_ptr(), payload.len())).or_insert_with(|| {
             self.all.push(payload.clone());

@@ -51,7 +51,7 @@ impl Redis {
         self.read(look).await.unwrap()
     }
 
-    /// What is shown to a reader who knows of that state.
+    /// Returns the seqs that a reader of that state gets.
     async fn shown(&self, head: u64, removals: u64) -> Vec<u64> {
         match self.found(head, removals).await {
             QueueAnswer::Page(shown) => {
@@ -99,8 +99,8 @@ fn queued(seq: u64) -> Queued {
     Queued { envelope, expires_at: UnixMillis(2) }
 }
 
-/// One reader has read message 1 in Postgres and is slow to load it, while another removes it,
-/// and a third comes who had asked for the inbox's state before.
+/// One reader has read message 1 in Postgres, and loads it only after another reader has removed
+/// it. A third reader has read the inbox's state before the removal.
 #[tokio::test]
 async fn a_slow_load_restores_no_removed_message() {
     let (_server, redis) = redis().await;
@@ -108,7 +108,7 @@ async fn a_slow_load_restores_no_removed_message() {
     redis.load_seqs(permit, 1, 0, &[1]).await;
     assert_eq!(redis.shown(1, 0).await, [1]);
 
-    // Message 2 is committed; who wants to see it must load, for it has not been pushed yet.
+    // Message 2 is committed and not pushed yet, so a reader must load the queue.
     let slow = redis.permit(2, 0).await;
     redis.removed(&removal(1)).await.unwrap();
     redis.load_seqs(slow, 2, 0, &[1, 2]).await;
@@ -140,7 +140,7 @@ async fn a_slow_load_into_an_empty_queue_restores_no_removed_message() {
     redis.load_seqs(slow, 1, 0, &[1]).await;
     let slow = redis.permit(1, 0).await;
 
-    // Also after Redis has lost everything, including the number of removals.
+    // The same after Redis has lost everything, including the number of removals.
     redis.removed(&removal(1)).await.unwrap();
     server.flush_all().await.unwrap();
     redis.load_seqs(slow, 1, 0, &[1]).await;

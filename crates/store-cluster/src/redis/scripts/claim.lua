@@ -1,8 +1,10 @@
 -- Leases messages of a page that was read from Postgres, up to the first that is leased already. A
--- lease of another history hides no message, since its seqs belong to other messages. KEYS: leases
+-- lease of another history hides no message, since its seqs belong to other messages.
+-- KEYS: leases
 -- ARGV: version and store id, lease id or '' for a peek, its duration in ms, the number of seqs in
--- the page (another seq may follow), seqs Returns the number of seqs that are not leased, and the
--- ms until the lease at which they stop ends, or 0.
+--   the page (another seq may follow), seqs
+-- Returns the number of seqs before the first leased one, and the ms until that lease ends, or 0 if
+--   none is leased.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 local free, stopped = 0, 0

@@ -1,7 +1,7 @@
--- Stores an inbox as it was in Postgres at one instant as its queue, unless the queue shows a later
--- state of the same history. Needs a permit of that history from before that instant, which ends
--- with the next removal: a slow load would otherwise restore messages that were removed meanwhile
--- and whose lease has ended.
+-- Stores the messages that an inbox had in Postgres at one instant as its queue, unless the queue
+-- shows a later state of the same history. Needs a permit of that history that was issued before
+-- that instant. The next removal ends the permit: a slow load would otherwise restore messages that
+-- were removed meanwhile and whose lease has ended.
 -- KEYS: state, queue
 -- ARGV: version and store id, head, removals, bytes, time for which it stays loaded in ms, permit,
 --   (seq, member)*

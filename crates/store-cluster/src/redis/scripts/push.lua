@@ -1,11 +1,11 @@
 -- Adds messages that Postgres has committed to the queues of the readers of inboxes, where these
--- are loaded and of the same history. In any order, any number of times.
+-- are loaded and of the same history. Messages may come in any order, and more than once.
 -- KEYS, for each inbox: waiters, (state, queue) of each reader
 -- ARGV: version and store id, maximum messages, maximum bytes, number of payloads, payloads; for
 --   each inbox: number of readers, number of messages, (seq, the member without its payload, place
 --   of the payload) of each message
--- Returns for each inbox the edges that wait. A registration ends at its time; those of the
---   previous release, which are all '1', end here.
+-- Returns for each inbox the edges that wait. A registration is the instant at which it ends. The
+--   previous release stores '1' instead: that registration ends after this call.
 local function push(state_key, queue_key, first, messages)
   local state = redis.call('HMGET', state_key, 'h', 'n', 'b', 'g', 's')
   if not state[1] or state[5] ~= ARGV[1] then return end
@@ -14,10 +14,10 @@ local function push(state_key, queue_key, first, messages)
   local before = count
   for i = first, first + 3 * (messages - 1), 3 do
     local seq = tonumber(ARGV[i])
-    if seq > head then -- otherwise a load has brought it
+    if seq > head then -- a load has added the others
       local member = ARGV[i + 1] .. ARGV[4 + tonumber(ARGV[i + 2])]
       local new = redis.pcall('ZADD', queue_key, seq, member)
-      if type(new) == 'table' then -- no memory: other inboxes get their wakes all the same
+      if type(new) == 'table' then -- out of memory: drops only this queue
         redis.call('DEL', state_key, queue_key)
         return
       end
@@ -26,7 +26,7 @@ local function push(state_key, queue_key, first, messages)
       if seq == head + 1 then head = seq else gap = '1' end
     end
   end
-  if gap then -- messages that came too early count once those before them are there
+  if gap then -- messages after a gap count once it is filled
     while redis.call('ZCOUNT', queue_key, head + 1, head + 1) == 1 do head = head + 1 end
     if redis.call('ZCOUNT', queue_key, '(' .. head, '+inf') == 0 then
       redis.call('HDEL', state_key, 'g')

@@ -1,15 +1,15 @@
 -- Returns the first messages of a view, and leases them unless it is a peek. Without a usable queue
---   the reader gets a permit to load what it then reads from Postgres.
+-- it returns a permit to load the messages that the reader then reads from Postgres.
 -- KEYS: state, queue, leases, waiters
 -- ARGV: 1 version and store id, 2 the minimum head and 3 the minimum removals that the queue must
---   show, 4 '1' if it may show a later state, 5 after which seq, 6 'all' or 'channel', 7 the
+--   show, 4 '1' if it may show a later state, 5 the seq to read after, 6 'all' or 'channel', 7 the
 --   channel, 8 maximum messages, 9 maximum bytes, 10 now, 11 lease id or '' for a peek, 12 its
---   duration, 13 edge to wake or '', 14 for how long, and the duration of a permit, 15 time for
---   which the queue stays loaded; all times in ms
+--   duration, 13 edge to wake or '', 14 the duration of its registration and of a permit, 15 time
+--   for which the queue stays loaded; all times in ms
 -- Returns {'C', permit to load} when the queue is not loaded, is of another history or shows an
 --   older state than it must; {'A', head, removals} when it shows a later state than it may; else
---   {'M', head, 1 if the view has more, ms until the lease at which the view stops ends or 0,
---   members}.
+--   {'M', head, 1 if the view has more, ms until the end of the lease at which the view stops or
+--   0, members}.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 -- Before the read, so that a message that is pushed from now on wakes the edge.

@@ -1,14 +1,14 @@
--- Removes messages that Postgres has removed from the queue, if it is of the same history, and ends
--- their lease; or ends the lease alone.
+-- Removes messages from the queue after Postgres has removed them, if the queue is of the same
+-- history, and ends their lease. Or ends a lease alone.
 -- KEYS: state, queue, leases, waiters
--- ARGV: version and store id, the number of the inbox's removal (0: none, only the lease ends),
+-- ARGV: version and store id, the number of the reader's removal (0: only the lease ends),
 --   lease id or '', seqs
--- Returns the edges that wait. A registration ends at its time; those of the previous release,
---   which are all '1', end here.
+-- Returns the edges that wait. A registration is the instant at which it ends. The previous release
+--   stores '1' instead: that registration ends after this call.
 local removal, own = tonumber(ARGV[2]), ARGV[3]
 if removal > 0 then
   local state = redis.call('HMGET', KEYS[1], 'r', 'n', 's', 'p')
-  -- A load in progress may have read the messages before, and must read again.
+  -- A load in progress may have read the messages before the removal, and must read again.
   if state[4] and string.sub(state[4], 1, #ARGV[1]) == ARGV[1] then
     redis.call('HDEL', KEYS[1], 'p')
   end
@@ -20,7 +20,7 @@ if removal > 0 then
       end
       redis.call('HSET', KEYS[1], 'r', removal, 'n', count)
     elseif tonumber(state[1]) < removal then
-      -- The removal before it has not arrived yet, or never will.
+      -- An earlier removal has not arrived yet, or never will.
       redis.call('DEL', KEYS[1], KEYS[2])
     end
   end

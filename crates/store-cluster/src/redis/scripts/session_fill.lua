@@ -1,8 +1,8 @@
 -- Stores a session's copy, unless there is one, the session has ended, or Postgres was asked too
 -- long ago.
 -- KEYS: copy
--- ARGV: when that was in ms, the validity of a copy in ms, version, store id, session, 'replace' to
---   store it even if there is a copy
+-- ARGV: time at which Postgres was asked in ms, the validity of a copy in ms, version, store id,
+--   session, 'replace' to store it even if there is a copy
 -- Returns 1 if the session has ended.
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -11,7 +11,7 @@ if copy == 'E' then return 1 end
 if copy and ARGV[6] ~= 'replace' and #copy > 25 and string.sub(copy, 1, 1) == ARGV[3]
     and string.sub(copy, 10, 25) == ARGV[4] then
   local age = clock - struct.unpack('>I8', copy, 2)
-  -- It may have a use that was recorded after Postgres was asked.
+  -- The present copy may have a use that was recorded after Postgres was asked.
   if age >= 0 and age < tonumber(ARGV[2]) then return 0 end
 end
 local left = ARGV[1] + ARGV[2] - clock

@@ -1,6 +1,6 @@
 -- Returns a session's copy, if it is valid and of the present history. A copy is: version (1 byte),
---   when Postgres was asked (8 bytes, ms), store id (16 bytes), session. A copy of another version
---   or history counts as none.
+--   time at which Postgres was asked (8 bytes, ms), store id (16 bytes), session. A copy of another
+--   version or history counts as none.
 -- KEYS: copy
 -- ARGV: the validity of a copy in ms, version, store id
 -- Returns {'found', its age in ms, session}, {'ended', 0, ''}, or {'absent', the time in ms, ''}.

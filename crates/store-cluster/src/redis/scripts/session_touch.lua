@@ -1,4 +1,4 @@
--- Records a use of a session in its copy. The age of the copy stays.
+-- Records a use of a session in its copy. The copy keeps its age.
 -- KEYS: copy
 -- ARGV: last_used_at and expires_at, 8 bytes each, and version
 local copy = redis.call('GET', KEYS[1])

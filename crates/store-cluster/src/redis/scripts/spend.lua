@@ -11,7 +11,7 @@ if not now then
   now = time[1] * 1000 + math.floor(time[2] / 1000)
 end
 local full_at = math.max(tonumber(redis.call('GET', KEYS[1]) or now) or now, now)
--- No larger debt is stored: the clock was set back, and the bucket counts as full.
+-- A larger debt is never stored. So the clock was set back, and the bucket counts as full.
 if full_at - now > tonumber(ARGV[6]) then full_at = now end
 -- A cost of more than the burst needs a full bucket, and leaves a debt.
 local needed = math.min(cost, burst)
