@@ -22,6 +22,9 @@
 //! - **Receiving**: in one transaction, call [`Client::receive`], then [`Client::save`], and save
 //!   what it returned, until it has been shown. Then acknowledge the message to the server. A
 //!   message that arrives again after a crash between the two is [`Received::Duplicate`].
+//! - **Passes**: before an inbox is read, call [`Client::unpassed`], and [`Client::end_pass`] once
+//!   the read has reached the end of the inbox. Members that commits of ours have removed are
+//!   refused from then on.
 //! - **Key packages**: commit before uploading what [`Client::key_packages`] returned: the private
 //!   halves are in the database.
 //!
@@ -54,6 +57,7 @@ pub mod key_package;
 mod leaf;
 mod outline;
 mod packages;
+mod passes;
 mod profile;
 mod receive;
 mod received;
@@ -73,6 +77,7 @@ pub use content::Content;
 pub use error::Error;
 pub use identity::{Identity, Member};
 pub use leaf::{Device, DeviceDescription, MemberDevice};
+pub use passes::Unpassed;
 pub use profile::{GroupId, GroupKind, direct_channel};
 pub use received::{Arrival, GroupChange, Ignored, Lost, Received, Request, Rules, Unreadable};
 pub use requests::{MAX_REQUESTS, MAX_REQUESTS_EACH};

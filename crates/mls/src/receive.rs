@@ -19,7 +19,7 @@ use crate::{
     group::{Group, MessageEffect},
     identity::Member,
     invitation::Invitation,
-    outline, packages,
+    outline, packages, passes,
     profile::GroupId,
     received::{Arrival, Ignored, Lost, Received, Rules, Unreadable},
     requests,
@@ -156,12 +156,28 @@ impl Client {
                 .map(|message| Received::Unreadable(message.give_up(Lost::Displaced)));
             return Ok(std::iter::once(Received::Buffered).chain(displaced).collect());
         }
-        let first = self.process(id, message, bytes, arrival)?;
+        let is_text = message.content_type() == ContentType::Application;
+        let mut first = self.process(id, message, bytes, arrival)?;
+        if is_text
+            && first == Received::Ignored(Ignored::BeforeJoining)
+            && !self.expects_earlier(id)?
+        {
+            first = Received::Unreadable(unreadable(bytes, Some(id), Lost::NoKeys, arrival));
+        }
         let mut results = vec![first];
         if matches!(results[0], Received::Committed { .. }) {
             self.retry(id, &mut results)?;
         }
         Ok(results)
+    }
+
+    /// Returns whether messages of epochs before this device joined a group are expected.
+    ///
+    /// A Welcome follows them in the inbox. After an external commit they may be unread until the
+    /// inbox was read to its end.
+    fn expects_earlier(&mut self, id: GroupId) -> Result<bool, DatabaseError> {
+        let Some(joined_at) = self.joined_at(&id)? else { return Ok(false) };
+        passes::is_unpassed(&self.database, &id, joined_at.saturating_sub(1))
     }
 
     /// Returns whether a message to a group that is unknown here has no effect.
@@ -340,6 +356,10 @@ impl Client {
             MessageEffect::Lost(reason) => {
                 Received::Unreadable(unreadable(bytes, Some(id), reason, arrival))
             }
+            MessageEffect::TooLate { sender } => Received::Unreadable(Unreadable {
+                claimed_sender: Some(sender.identity),
+                ..unreadable(bytes, Some(id), Lost::NotAMember, arrival)
+            }),
             effect => {
                 let me = self.identity.public();
                 let is_over = matches!(&effect, MessageEffect::Leaving { sender }
@@ -366,7 +386,9 @@ impl Client {
             MessageEffect::Committed { by, changes } => {
                 Received::Committed { group: id, by, changes }
             }
-            MessageEffect::Lost(_) => unreachable!("it needs the message"),
+            MessageEffect::Lost(_) | MessageEffect::TooLate { .. } => {
+                unreachable!("it needs the message")
+            }
             MessageEffect::Ignored(reason) => Received::Ignored(reason),
         }
     }

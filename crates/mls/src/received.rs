@@ -167,7 +167,7 @@ pub struct Unreadable {
     pub digest: [u8; 32],
     /// The group that it names, if it names one.
     pub group: Option<GroupId>,
-    /// The sender that the message names, without a proof.
+    /// The sender that the message names, without a proof. With [`Lost::NotAMember`] it is proven.
     pub claimed_sender: Option<IdentityKey>,
     pub arrival: Arrival,
 }
@@ -186,6 +186,8 @@ pub enum Lost {
     NeverCame,
     #[error("too many others wait for what never came")]
     Displaced,
+    #[error("it arrived after its sender's device had been removed from the group")]
+    NotAMember,
 }
 
 /// The reason why a message has no effect.

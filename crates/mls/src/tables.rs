@@ -28,5 +28,7 @@ pub(crate) const DECLINED: Table = Table::new(11);
 pub(crate) const DEVICE: Table = Table::new(12);
 /// Groups that we are about to join by ourselves.
 pub(crate) const JOINING: Table = Table::new(13);
+/// Commits of ours since which the inbox was not read to its end, in the lane of their group.
+pub(crate) const UNPASSED: Table = Table::new(15);
 /// The KeyPackages of ours that were used, by their reference, with the end of their lifetime.
 pub(crate) const USED: Table = Table::new(14);

@@ -11,7 +11,7 @@ use std::{
 };
 
 use qpq_domain::{ChannelId, Seq, UnixMillis};
-use qpq_mls::{Arrival, Received, Rules};
+use qpq_mls::{Arrival, Received, Rules, Unpassed};
 use qpq_proto::{methods, v1};
 use sha2::{Digest as _, Sha256};
 
@@ -19,6 +19,7 @@ use super::{
     Messenger,
     leave::Leaving,
     log::{Entry, Event},
+    marker::Marking,
     note::{is_from, note},
     now,
     requests::joins,
@@ -107,14 +108,23 @@ impl Messenger {
         Ok(self.read_inbox().await?.0)
     }
 
+    /// Takes in everything that the inbox has, and fills up our key packages if that is needed.
+    pub(super) async fn sync_and_settle_keys(&self) -> Result<(), Error> {
+        let keys = self.sync().await?;
+        self.settle_keys(keys).await
+    }
+
     /// Takes in everything that the inbox has, and waits for other processes that do.
     ///
     /// # Errors
     /// [`Error::GroupBusy`] if the end is not reached.
-    pub(super) async fn sync_to_end(&self) -> Result<(), Error> {
+    pub(super) async fn sync_to_end(&self) -> Result<NewKeys, Error> {
+        let mut keys = NewKeys::NotNeeded;
         for _ in 0..MAX_TURNS {
-            if self.read_inbox().await?.1 == Extent::Whole {
-                return Ok(());
+            let (needed, extent) = self.read_inbox().await?;
+            keys = keys.or(needed);
+            if extent == Extent::Whole {
+                return Ok(keys);
             }
         }
         Err(Error::GroupBusy)
@@ -127,6 +137,7 @@ impl Messenger {
         let Some(_turn) = turn else { return Ok((NewKeys::NotNeeded, Extent::Part)) };
         let (mut keys, mut extent) = (NewKeys::NotNeeded, Extent::Part);
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
+        let unpassed = self.store().read(|state| Ok(state.mls.unpassed()?)).await?;
         for _ in 0..MAX_PAGES {
             let (page, connection) = self.peek(after).await?;
             let more = page.more;
@@ -135,9 +146,7 @@ impl Messenger {
                 let before = newest;
                 let taken =
                     self.store().change(move |state| take_in(state, page, before, now())).await?;
-                if taken.keys == NewKeys::Needed {
-                    keys = NewKeys::Needed;
-                }
+                keys = keys.or(taken.keys);
                 news |= taken.news;
                 newest = taken.newest;
                 if !taken.processed.is_empty() {
@@ -146,7 +155,8 @@ impl Messenger {
                 after = last;
             }
             if !more {
-                self.end_pass(newest.map(|marker| marker.generation), news).await?;
+                let marked = newest.map(|marker| marker.generation);
+                keys = keys.or(self.end_pass(marked, news, unpassed).await?);
                 extent = Extent::Whole;
                 break;
             }
@@ -155,20 +165,32 @@ impl Messenger {
     }
 
     /// Does what needs an inbox that was read to its end.
-    async fn end_pass(&self, marked: Option<u64>, news: bool) -> Result<(), Error> {
+    ///
+    /// `unpassed` was noted before the pass. A restored copy of the state needs new key packages.
+    async fn end_pass(
+        &self,
+        marked: Option<u64>,
+        news: bool,
+        unpassed: Vec<Unpassed>,
+    ) -> Result<NewKeys, Error> {
         let is_first = !self.shared.verified.load(Ordering::Relaxed);
-        if is_first || news {
-            self.store()
-                .change(move |state| {
-                    if is_first {
-                        state.compare_with(marked)?;
-                    }
-                    state.give_up()
-                })
-                .await?;
-            self.shared.verified.store(true, Ordering::Relaxed);
+        if !is_first && !news && unpassed.is_empty() {
+            return Ok(NewKeys::NotNeeded);
         }
-        Ok(())
+        let keys = self
+            .store()
+            .change(move |state| {
+                state.mls.end_pass(&unpassed)?;
+                if is_first {
+                    state.compare_with(marked)?;
+                }
+                state.give_up()?;
+                let replaces = state.number(REPLACE_PACKAGES)?.is_some();
+                Ok(if replaces { NewKeys::Needed } else { NewKeys::NotNeeded })
+            })
+            .await?;
+        self.shared.verified.store(true, Ordering::Relaxed);
+        Ok(keys)
     }
 
     async fn peek(&self, after: Seq) -> Result<(v1::PeekResponse, Arc<Live>), Error> {
@@ -241,6 +263,12 @@ enum Extent {
 pub(super) enum NewKeys {
     Needed,
     NotNeeded,
+}
+
+impl NewKeys {
+    fn or(self, other: Self) -> Self {
+        if self == Self::Needed { self } else { other }
+    }
 }
 
 /// A marker of our own in the inbox.
@@ -328,8 +356,6 @@ pub(super) fn take_in(
     newest: Option<Seen>,
     now: UnixMillis,
 ) -> Result<TakenIn, Error> {
-    let marking = state.marking();
-    let mut taken = TakenIn::new(newest);
     let (blocked, database) = (state.blocked()?, state.database().clone());
     let has_other_devices = state.has_other_devices()?;
     let me = state.me();
@@ -345,38 +371,12 @@ pub(super) fn take_in(
         numbers.go_back(state, now)?;
     }
     let newest_at = page.payloads.iter().map(|envelope| UnixMillis(envelope.enqueued_at)).max();
+    let marking = state.marking()?;
+    let mut intake = Intake { state, marking, numbers, taken: TakenIn::new(newest), now };
     for envelope in page.payloads {
-        let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
-        let arrival = Arrival { at: at.max(now), channel: channel(&envelope) };
-        let is_news = !state.mls.knows(&digest(&envelope.data))?;
-        numbers.note(state, seq, is_news, at)?;
-        if arrival.channel == marking.channel {
-            // Noted like any message, so that its seq is known.
-            state.mls.receive(&envelope.data, arrival)?;
-            taken.add_marker(seq, marking.open(&envelope.data));
-            continue;
-        }
-        taken.processed.push(seq);
-        if let Some(message) = state.link_message(arrival.channel, &envelope.data) {
-            // Noted like any message, so that its seq is known.
-            state.mls.receive(&envelope.data, arrival)?;
-            if is_news {
-                state.note_link_message(message, at, now)?;
-            }
-            continue;
-        }
-        taken.news |= is_news;
-        for received in state.mls.receive_by(&envelope.data, arrival, &rules)? {
-            if is_from(&received, &blocked) {
-                continue;
-            }
-            if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
-                tracing::info!(seq, "a message that an earlier release has read arrived again");
-                continue;
-            }
-            taken.add(state, received, at, now)?;
-        }
+        intake.process(&envelope, &rules)?;
     }
+    let Intake { state, numbers, mut taken, .. } = intake;
     state.remove_leaving(std::mem::take(&mut taken.leaving))?;
     state.set_number(LAST_SEQ, numbers.last)?;
     state.forget_old(newest_at.map_or(UnixMillis(0), |at| at.min(now)))?;
@@ -384,6 +384,53 @@ pub(super) fn take_in(
         taken.keys = NewKeys::Needed;
     }
     Ok(taken)
+}
+
+/// A page that is being taken in.
+struct Intake<'a> {
+    state: &'a mut State,
+    marking: Marking,
+    numbers: Numbers,
+    taken: TakenIn,
+    now: UnixMillis,
+}
+
+impl Intake<'_> {
+    /// Processes one message: a marker, a message of a new device, or a message to a group.
+    fn process(&mut self, envelope: &v1::Envelope, rules: &Rules<'_>) -> Result<(), Error> {
+        let Self { state, marking, numbers, taken, now } = self;
+        let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
+        let arrival = Arrival { at: at.max(*now), channel: channel(envelope) };
+        let is_news = !state.mls.knows(&digest(&envelope.data))?;
+        numbers.note(state, seq, is_news, at)?;
+        if arrival.channel == marking.channel {
+            // Noted like any message, so that its seq is known.
+            state.mls.receive(&envelope.data, arrival)?;
+            taken.add_marker(seq, marking.open(&envelope.data));
+            return Ok(());
+        }
+        taken.processed.push(seq);
+        if let Some(message) = state.link_message(arrival.channel, &envelope.data) {
+            // Noted like any message, so that its seq is known.
+            state.mls.receive(&envelope.data, arrival)?;
+            if is_news {
+                state.note_link_message(message, at, *now)?;
+            }
+            return Ok(());
+        }
+        taken.news |= is_news;
+        for received in state.mls.receive_by(&envelope.data, arrival, rules)? {
+            if is_from(&received, rules.blocked) {
+                continue;
+            }
+            if matches!(received, Received::Unreadable(_)) && seq <= numbers.legacy {
+                tracing::info!(seq, "a message that an earlier release has read arrived again");
+                continue;
+            }
+            taken.add(state, received, at, *now)?;
+        }
+        Ok(())
+    }
 }
 
 impl Numbers {

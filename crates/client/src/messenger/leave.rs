@@ -32,7 +32,7 @@ impl Messenger {
         let id = group_of(group)?;
         // Messages that are not read before the keys are deleted can never be decrypted.
         if !self.shared.verified.load(Ordering::Relaxed) {
-            self.sync().await?;
+            self.sync_and_settle_keys().await?;
         }
         self.promote_successor(id).await?;
         self.store()

@@ -94,11 +94,11 @@ pub(super) struct Marker {
 
 impl State {
     /// Returns the key and the channel of this device's markers.
-    pub(super) fn marking(&self) -> Marking {
+    pub(super) fn marking(&self) -> Result<Marking, DatabaseError> {
         let device = self.mls.device().map(qpq_mls::Device::id);
         // A linked device had no state before it was registered.
-        let is_linked = self.number(LINKED).is_ok_and(|linked| linked.is_some());
-        Marking::of(self.mls.identity(), device, !is_linked)
+        let is_linked = self.number(LINKED)?.is_some();
+        Ok(Marking::of(self.mls.identity(), device, !is_linked))
     }
 
     /// Counts something that is encrypted.
@@ -113,7 +113,7 @@ impl State {
         if self.number(MARKED)?.unwrap_or(0) >= generation {
             return Ok(None);
         }
-        let marking = self.marking();
+        let marking = self.marking()?;
         let payload = marking.seal(generation);
         Ok(Some(Marker { generation, owner: marking.owner, channel: marking.channel, payload }))
     }
@@ -153,5 +153,23 @@ impl State {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use qpq_domain::Username;
+    use qpq_mls::{Identity, database::Database};
+
+    use super::*;
+    use crate::messenger::tables::SETTINGS;
+
+    #[test]
+    fn a_damaged_note_about_linking_is_an_error() {
+        let name = Username::parse("alice").unwrap();
+        let state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
+        assert!(state.marking().is_ok());
+        state.database().put(SETTINGS, LINKED, None, b"short").unwrap();
+        assert!(matches!(state.marking(), Err(DatabaseError::Damaged(_))));
     }
 }

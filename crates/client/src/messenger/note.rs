@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{GroupChange, GroupId, Ignored, Lost, Member, Received};
+use qpq_mls::{Content, GroupChange, GroupId, Ignored, Lost, Member, Received};
 
 use super::{
     log::{ConversationId, DeliveryState, Event},
@@ -57,16 +57,7 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
         }
         Received::Message { group, sender, content, .. } => {
             state.people.claim(sender.identity, &sender.username)?;
-            let size = content.text.len();
-            let event = if size <= MAX_TEXT {
-                let sent_at = UnixMillis(content.sent_at);
-                Event::Received { from: sender.identity, text: content.text, sent_at }
-            } else {
-                Event::Unreadable {
-                    from: Some(sender.identity),
-                    reason: format!("it has {size} bytes, the most is {MAX_TEXT}"),
-                }
-            };
+            let event = text_event(sender.identity, content);
             state.log.push(state.conversation_of(&group)?, at, event)?;
         }
         Received::Committed { group, by, changes } => {
@@ -102,6 +93,16 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
         }
     }
     Ok(())
+}
+
+/// Returns the entry for a text of another person.
+fn text_event(from: IdentityKey, content: Content) -> Event<IdentityKey> {
+    let size = content.text.len();
+    if size <= MAX_TEXT {
+        return Event::Received { from, text: content.text, sent_at: UnixMillis(content.sent_at) };
+    }
+    let reason = format!("it has {size} bytes, the most is {MAX_TEXT}");
+    Event::Unreadable { from: Some(from), reason }
 }
 
 /// Whether a change is news to the person.

@@ -15,7 +15,7 @@ use std::{cmp::Reverse, collections::BTreeSet, time::Duration};
 
 use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{
-    Content, GroupId, GroupKind, Member, Unreadable,
+    Content, GroupId, GroupKind, Lost, Member, Unreadable,
     database::{DatabaseError, Item, NewItem, Table},
     direct_channel,
 };
@@ -131,7 +131,8 @@ impl State {
         }
         let event = Event::Unreadable { from, reason: lost.reason.to_string() };
         self.log.push(conversation, at, event)?;
-        let Some(from) = from else { return Ok(()) };
+        // A removed member is not asked: the message was readable, and is refused.
+        let Some(from) = from.filter(|_| lost.reason != Lost::NotAMember) else { return Ok(()) };
         if self.database().count_in_lane(LOST, from.as_bytes())? < MAX_LOST as u64 {
             self.database().put(LOST, &lost.digest, Some(from.as_bytes()), &lost.digest)?;
             if self.database().get(QUESTIONS, from.as_bytes())?.is_none() {
@@ -414,7 +415,7 @@ fn is_direct(me: &IdentityKey, peer: &IdentityKey, lost: &Unreadable) -> bool {
 #[cfg(test)]
 mod tests {
     use qpq_domain::{ChannelId, Username};
-    use qpq_mls::{Arrival, Identity, Lost, database::Database};
+    use qpq_mls::{Arrival, Identity, database::Database};
 
     use super::*;
 
@@ -465,6 +466,24 @@ mod tests {
         let (people, lost) = count(&state);
         assert!(people <= MAX_PEOPLE && lost <= MAX_LOST_IN_TOTAL, "{people} {lost}");
         assert_eq!(state.lost_of(&key(0)).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_removed_member_is_shown_and_not_asked() {
+        let mut state = state();
+        let lost = Unreadable {
+            reason: Lost::NotAMember,
+            digest: [1; 32],
+            group: None,
+            claimed_sender: Some(key(1)),
+            arrival: Arrival { at: START, channel: ChannelId::DEFAULT },
+        };
+        state.note_unreadable(&lost, START).unwrap();
+        assert_eq!(count(&state), (0, 0));
+        let shown = state.log.unseen(None, 10).unwrap();
+        let reason = Lost::NotAMember.to_string();
+        let expected = Event::Unreadable { from: Some(key(1)), reason };
+        assert_eq!(shown.into_iter().map(|entry| entry.event).collect::<Vec<_>>(), [expected]);
     }
 
     #[test]

@@ -135,7 +135,11 @@ impl Messenger {
             *self.client().connection_events().borrow(),
             ConnectionEvent::Connected { .. }
         );
-        if is_connected && self.sync().await.is_ok() {
+        if is_connected && let Ok(keys) = self.sync().await {
+            // A lost connection does not keep a message from being queued.
+            if let Err(error) = Box::pin(self.settle_keys(keys)).await {
+                tracing::warn!(%error, "key packages were not published");
+            }
             return Ok(());
         }
         self.store()
@@ -163,7 +167,7 @@ impl Messenger {
         }
         if !self.shared.verified.load(Ordering::Relaxed) {
             let before = self.store().read(|state| Ok(state.outbox.end()?)).await?;
-            self.sync().await?;
+            Box::pin(self.sync_and_settle_keys()).await?;
             // Messages that were encrypted again have other positions.
             let after = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             end = if after > before { after } else { end };

@@ -70,6 +70,31 @@ async fn admins_change_a_group_and_others_do_not() {
 }
 
 #[tokio::test]
+async fn messages_of_a_removed_member_with_old_keys_are_refused_and_named() {
+    const REFUSED: &str =
+        "unreadable of carol: it arrived after its sender's device had been removed from the group";
+    let server = Server::start().await;
+    let [alice, bob, carol] =
+        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let group = group_of(&[&alice, &bob, &carol]).await;
+    read(&bob).await;
+    carol.send(group, "before the removal").await.unwrap();
+    alice.remove(group, carol.profile().identity).await.unwrap();
+    // Carol's client does not read the commit.
+    let with_old_keys = async |text| carol.send(group, text).await.unwrap();
+    with_old_keys("unread by the remover").await;
+    assert_eq!(read(&bob).await, ["carol: before the removal", "-carol", REFUSED]);
+    // The inbox does not show whether this one precedes the commit.
+    let first = ["carol: before the removal", "carol: unread by the remover"];
+    assert_eq!(read(&alice).await, first);
+    with_old_keys("late").await;
+    for user in [&alice, &bob] {
+        assert_eq!(read(user).await, [REFUSED]);
+    }
+    assert_eq!(read(&carol).await, ["-carol"], "nobody asks for a repeat");
+}
+
+#[tokio::test]
 async fn concurrent_changes_of_several_admins_all_take_effect() {
     let server = Server::start().await;
     let [alice, bob, carol] =

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use qpq_client::{Event, Messenger, VaultKey};
+use qpq_client::{Event, Messenger, VaultKey, methods, v1};
 
 use crate::harness::{Server, accept_and_read, copy_dir, dm, history, read, reopen, username};
 
@@ -110,6 +110,39 @@ async fn messages_of_a_restored_profile_are_shown() {
         assert!(answered.contains(&"bob: answer".to_owned()), "{answered:?}");
         closed(alice).await;
     }
+}
+
+#[tokio::test]
+async fn a_restored_profile_that_only_sends_replaces_its_key_packages() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let carol = server.user("carol").await;
+    let with_bob = dm(&alice, "bob").await;
+    alice.send(with_bob, "hello").await.unwrap();
+    let dir = server.profile("alice");
+    let key = closed(alice).await;
+    let copy = dir.with_extension("night");
+    copy_dir(&dir, &copy);
+    let alice = reopen(&dir, &key).await;
+    for _ in 0..20 {
+        let request = v1::FetchKeyPackageRequest {
+            identity_key: alice.profile().identity.as_bytes().to_vec().into(),
+            ..Default::default()
+        };
+        bob.client().call::<methods::FetchKeyPackage>(request).await.unwrap();
+    }
+    alice.publish_key_packages().await.unwrap();
+    for number in 0..3 {
+        alice.send(with_bob, &format!("day {number}")).await.unwrap();
+    }
+    closed(alice).await;
+
+    put_back(&server, "alice", &copy);
+    let alice = reopen(&dir, &key).await;
+    alice.send(with_bob, "next day").await.unwrap();
+    carol.send(dm(&carol, "alice").await, "hi").await.unwrap();
+    let shown = accept_and_read(&alice).await;
+    assert!(shown.contains(&"carol: hi".to_owned()), "{shown:?}");
 }
 
 #[tokio::test]

@@ -18,7 +18,7 @@ use crate::{
     group::{CommitContent, CommitMessages, Group, Leaf, accounts},
     key_package::{self, Policy},
     leaf::{Device, MemberDevice},
-    packages,
+    packages, passes,
     profile::{self, GroupId, GroupKind, Profile},
     receive::day,
     received::Received,
@@ -135,7 +135,11 @@ impl Client {
     /// commit; further ones are about messages that waited for its epoch.
     pub fn confirm(&mut self, id: GroupId) -> Result<Vec<Received>, Error> {
         let group = self.load(id)?.ok_or(Error::UnknownGroup)?;
+        let last_epoch = group.epoch();
         let effect = group.confirm_commit()?.ok_or(Error::NothingPending)?;
+        if group.has_open_removals() {
+            passes::add(&self.database, &id, last_epoch)?;
+        }
         let mut results = vec![self.result(id, effect)];
         self.retry(id, &mut results)?;
         Ok(results)
@@ -210,7 +214,10 @@ impl Client {
             }
         }
         self.database.delete(crate::tables::SKIPPED, id.as_bytes())?;
-        Ok(self.join(joined, None)?)
+        let joined_at = joined.joined_at();
+        let results = self.join(joined, None)?;
+        passes::add(&self.database, &id, joined_at.saturating_sub(1))?;
+        Ok(results)
     }
 
     /// Drops a group that this device was about to join, after the server has refused the commit.

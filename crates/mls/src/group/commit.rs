@@ -16,7 +16,7 @@ use qpq_domain::IdentityKey;
 use tls_codec::{DeserializeBytes as _, Serialize as _};
 
 use super::{
-    Group, MessageEffect, join_config,
+    Group, MessageEffect, Removal, join_config,
     rules::{self, Accepted, Before, Committer, are_consistent},
 };
 use crate::{
@@ -134,7 +134,7 @@ impl Group {
         let accepted = judged.map_err(|reason| Error::Mls(reason.to_string()))?;
         let last_epoch = self.epoch();
         self.mls.merge_pending_commit(&self.store).map_err(Error::mls)?;
-        Ok(Some(self.applied(accepted, last_epoch)))
+        Ok(Some(self.applied(accepted, last_epoch, Removal::Open)))
     }
 
     /// Drops the pending commit, which the server has refused.
@@ -181,28 +181,8 @@ impl Group {
             .map_err(Error::mls)?
             .finalize(&store)
             .map_err(Error::mls)?;
-        let id = GroupId::try_from(mls.group_id().as_slice()).map_err(|_| Error::BadGroupInfo)?;
-        let profile = Profile::read(&id, mls.extensions()).ok_or(Error::BadGroupInfo)?;
-        let own = mls.own_leaf_index();
-        // The members are a claim of the author and the server. They are checked as in a Welcome.
-        let leaves: Vec<_> = mls
-            .members()
-            .map(|leaf| {
-                let device = MemberDevice::verify(&leaf.signature_key, &leaf.credential);
-                device.map(|device| (leaf.index, device))
-            })
-            .collect::<Option<_>>()
-            .ok_or(Error::BadGroupInfo)?;
-        let others = || leaves.iter().filter(|(place, _)| *place != own).map(|(_, leaf)| leaf);
-        // The one leaf that the commit removes is the earlier leaf of this device.
-        let by = leaves.iter().find(|(place, _)| place.u32() == author);
-        let by = by.map_or(me, |(_, leaf)| leaf.member.identity);
-        let is_from_member = is_trusted(&by);
-        let are_admitted = others().all(|leaf| profile.admits(&leaf.member.identity));
-        if !is_from_member || !are_admitted || !are_consistent(leaves.iter().map(|(_, leaf)| leaf))
-        {
-            return Err(Error::BadGroupInfo);
-        }
+        let is_trusted = |author: Option<&IdentityKey>| is_trusted(author.unwrap_or(&me));
+        let (id, profile) = check_joined(&mls, author, is_trusted).ok_or(Error::BadGroupInfo)?;
         let (commit, _, info) = bundle.into_contents();
         let info = info.ok_or(Error::BadGroupInfo)?;
         let info = openmls::prelude::MlsMessageOut::from(info);
@@ -214,6 +194,32 @@ impl Group {
         let joined_at = mls.epoch().as_u64();
         Ok((Self { id, profile, mls, store, departed: Vec::new(), joined_at }, messages))
     }
+}
+
+/// Checks the group that an external commit leads to, and returns its id and profile.
+///
+/// The members are a claim of the author and the server. They are checked as in a Welcome. The one
+/// leaf that the commit removes is the earlier leaf of this device: an author without a leaf is
+/// this account, `None` for `is_trusted`.
+fn check_joined(
+    mls: &MlsGroup,
+    author: u32,
+    is_trusted: impl Fn(Option<&IdentityKey>) -> bool,
+) -> Option<(GroupId, Profile)> {
+    let id = GroupId::try_from(mls.group_id().as_slice()).ok()?;
+    let profile = Profile::read(&id, mls.extensions())?;
+    let own = mls.own_leaf_index();
+    let verified = mls.members().map(|leaf| {
+        let device = MemberDevice::verify(&leaf.signature_key, &leaf.credential)?;
+        Some((leaf.index, device))
+    });
+    let leaves: Vec<_> = verified.collect::<Option<_>>()?;
+    let by = leaves.iter().find(|(place, _)| place.u32() == author);
+    let mut others = leaves.iter().filter(|(place, _)| *place != own);
+    let is_valid = is_trusted(by.map(|(_, leaf)| &leaf.member.identity))
+        && others.all(|(_, leaf)| profile.admits(&leaf.member.identity))
+        && are_consistent(leaves.iter().map(|(_, leaf)| leaf));
+    is_valid.then_some((id, profile))
 }
 
 /// Returns the accounts in the tree of a GroupInfo, which openmls verifies after.

@@ -64,6 +64,24 @@ struct Departed {
     leaf: u32,
     last_epoch: u64,
     member: Member,
+    removal: Removal,
+}
+
+/// Whether messages of a removed leaf are still accepted.
+///
+/// The keys of past epochs are also in the hands of a removed member. A message that follows the
+/// removal in our inbox was accepted by the server after the removal, and may have been written
+/// after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Removal {
+    /// A commit of ours removed the leaf. The commit has no place in our inbox, so messages that
+    /// precede it may be unread until the inbox was read to its end.
+    Open,
+    /// A later message is refused.
+    Closed,
+    /// The device joined again by itself, and may still send what it encrypted before. Its messages
+    /// are accepted until a leaf of its account is removed by a member.
+    Replaced,
 }
 
 impl Group {
@@ -206,19 +224,32 @@ impl Group {
 
     /// Returns the member that had `leaf` in `epoch`.
     fn sender(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<Member> {
-        self.departed_as(leaf, epoch).cloned().or_else(|| {
+        self.departed_as(leaf, epoch).map(|departed| departed.member.clone()).or_else(|| {
             let now = self.mls.member_at(leaf)?;
             MemberDevice::read(&now.signature_key, &now.credential).map(|leaf| leaf.member)
         })
     }
 
     /// Returns the member that had `leaf` in `epoch` and was removed since.
-    fn departed_as(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<&Member> {
+    fn departed_as(&self, leaf: LeafNodeIndex, epoch: u64) -> Option<&Departed> {
         self.departed
             .iter()
             .filter(|departed| departed.leaf == leaf.u32() && departed.last_epoch >= epoch)
             .min_by_key(|departed| departed.last_epoch)
-            .map(|departed| &departed.member)
+    }
+
+    /// Returns whether messages of leaves that commits of ours removed are still accepted.
+    pub(crate) fn has_open_removals(&self) -> bool {
+        self.departed.iter().any(|departed| departed.removal == Removal::Open)
+    }
+
+    /// Refuses messages of the leaves that commits of ours removed in epochs up to `last_epoch`.
+    pub(crate) fn close_removals(&mut self, last_epoch: u64) {
+        for departed in &mut self.departed {
+            if departed.removal == Removal::Open && departed.last_epoch <= last_epoch {
+                departed.removal = Removal::Closed;
+            }
+        }
     }
 
     fn forget_departed(&mut self) {
@@ -258,7 +289,7 @@ impl Group {
             GroupKind::Group { name } => name.len(),
         };
         let names = summary.members.iter().map(|member| 36 + member.username.as_str().len());
-        let departed = self.departed.iter().map(|d| 48 + d.member.username.as_str().len());
+        let departed = self.departed.iter().map(|d| 49 + d.member.username.as_str().len());
         let admins = 32 * summary.admins.len();
         let len = 256 + name_len + names.sum::<usize>() + departed.sum::<usize>() + admins;
         let mut writer = Writer::with_capacity(len);
@@ -270,6 +301,7 @@ impl Group {
         writer.count(summary.admins.len());
         summary.admins.iter().for_each(|key| writer.raw(key.as_bytes()));
         writer.number(self.joined_at);
+        self.departed.iter().for_each(|departed| writer.raw(&[departed.removal as u8]));
         let peer = summary.peer_of(me);
         let lane = peer.as_ref().map(|peer| &peer.as_bytes()[..]);
         database.put(table, self.id.as_bytes(), lane, writer.written())
@@ -305,6 +337,7 @@ impl Group {
     /// Removes a group.
     pub(crate) fn delete(database: &Database, id: GroupId) -> Result<bool, DatabaseError> {
         database.delete_lane(tables::MLS, id.as_bytes())?;
+        database.delete_lane(tables::UNPASSED, id.as_bytes())?;
         database.delete(tables::GROUPS, id.as_bytes())
     }
 
@@ -354,7 +387,18 @@ impl Departed {
             leaf: reader.array().map(u32::from_be_bytes)?,
             last_epoch: reader.number()?,
             member: Member::from_reader(reader)?,
+            removal: Removal::Closed,
         })
+    }
+}
+
+impl Removal {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        let [byte] = reader.array()?;
+        [Self::Open, Self::Closed, Self::Replaced]
+            .into_iter()
+            .find(|removal| *removal as u8 == byte)
+            .ok_or(Malformed)
     }
 }
 
@@ -373,13 +417,19 @@ impl Row {
 
     fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         let mut summary = GroupSummary::read(reader)?;
-        let departed = reader.list(Departed::read)?;
+        let mut departed = reader.list(Departed::read)?;
         if reader.is_at_end() {
             // Written by a release in which the creator alone changed groups.
             return Ok(Self { summary, departed, joined_at: 0 });
         }
         summary.admins = reader.list(|reader| reader.array().map(IdentityKey::new))?;
         let joined_at = reader.number()?;
+        // A row of an earlier release ends here.
+        if !reader.is_at_end() {
+            for departed in &mut departed {
+                departed.removal = Removal::read(reader)?;
+            }
+        }
         Ok(Self { summary, departed, joined_at })
     }
 }

@@ -14,7 +14,7 @@ use openmls::{
 };
 
 use super::{
-    Departed, Group,
+    Departed, Group, Removal,
     rules::{self, Accepted, Before, Committer},
 };
 use crate::{
@@ -27,11 +27,26 @@ use crate::{
 /// The effect of one message on a group.
 #[derive(Debug)]
 pub(crate) enum MessageEffect {
-    Message { sender: Member, content: Content },
-    Asked { sender: Member, digests: Vec<[u8; 32]> },
-    Leaving { sender: Member },
-    Committed { by: Member, changes: Vec<GroupChange> },
+    Message {
+        sender: Member,
+        content: Content,
+    },
+    Asked {
+        sender: Member,
+        digests: Vec<[u8; 32]>,
+    },
+    Leaving {
+        sender: Member,
+    },
+    Committed {
+        by: Member,
+        changes: Vec<GroupChange>,
+    },
     Lost(Lost),
+    /// A message of a removed member that arrived after the removal.
+    TooLate {
+        sender: Member,
+    },
     Ignored(Ignored),
 }
 
@@ -83,7 +98,9 @@ impl Group {
         credential: &Credential,
         bytes: &[u8],
     ) -> Result<MessageEffect, Ignored> {
-        let has_departed = self.departed_as(leaf, epoch).is_some();
+        let departed = self.departed_as(leaf, epoch);
+        let has_departed = departed.is_some();
+        let is_late = departed.is_some_and(|departed| departed.removal == Removal::Closed);
         let sender = self
             .sender(leaf, epoch)
             .filter(|member| {
@@ -92,9 +109,10 @@ impl Group {
             })
             .ok_or(Ignored::Invalid)?;
         match Said::decode(bytes).ok_or(Ignored::UnknownContent)? {
+            Said::Leaving if has_departed => Err(Ignored::AlreadyLeft),
+            _ if is_late => Ok(MessageEffect::TooLate { sender }),
             Said::Text(content) => Ok(MessageEffect::Message { sender, content }),
             Said::CouldNotRead(digests) => Ok(MessageEffect::Asked { sender, digests }),
-            Said::Leaving if has_departed => Err(Ignored::AlreadyLeft),
             Said::Leaving => Ok(MessageEffect::Leaving { sender }),
         }
     }
@@ -107,20 +125,38 @@ impl Group {
         let leaves = self.leaves();
         let before = Before { id: &self.id, profile: &self.profile, leaves: &leaves };
         let accepted = rules::judge(&before, committer, &commit)?;
+        let removal = match committer {
+            Committer::Member(_) => Removal::Closed,
+            Committer::Joiner => Removal::Replaced,
+        };
         // A commit of ours for the same epoch has lost.
         self.discard_commit().map_err(|_| Ignored::Invalid)?;
         let last_epoch = self.epoch();
         self.mls.merge_staged_commit(&self.store, commit).map_err(|_| Ignored::Invalid)?;
-        Ok(self.applied(accepted, last_epoch))
+        Ok(self.applied(accepted, last_epoch, removal))
     }
 
     /// Notes an accepted commit that openmls has applied.
-    pub(super) fn applied(&mut self, accepted: Accepted, last_epoch: u64) -> MessageEffect {
+    pub(super) fn applied(
+        &mut self,
+        accepted: Accepted,
+        last_epoch: u64,
+        removal: Removal,
+    ) -> MessageEffect {
         let Accepted { by, changes, removed, profile } = accepted;
+        for earlier in &mut self.departed {
+            let identity = earlier.member.identity;
+            if earlier.removal == Removal::Replaced
+                && removed.iter().any(|(_, device)| device.member.identity == identity)
+            {
+                earlier.removal = removal;
+            }
+        }
         self.departed.extend(removed.into_iter().map(|(leaf, device)| Departed {
             leaf: leaf.u32(),
             last_epoch,
             member: device.member,
+            removal,
         }));
         self.forget_departed();
         if let Some(profile) = profile {

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use proptest::{prelude::*, sample::Index};
 use qpq_domain::ChannelId;
-use qpq_mls::{Arrival, Change, Client, Commit, Error, GroupId, GroupSummary, Ignored, Received};
+use qpq_mls::{
+    Arrival, Change, Client, Commit, Error, GroupId, GroupSummary, Ignored, Lost, Received,
+};
+use sha2::{Digest as _, Sha256};
 
 use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, content, now, restored};
 
@@ -128,6 +131,7 @@ struct Offered {
 struct Said {
     author: usize,
     epoch: u64,
+    digest: [u8; 32],
 }
 
 /// The most devices, and the most epochs that a device may be behind the server: messages are read
@@ -136,7 +140,8 @@ const MAX_DEVICES: usize = 7;
 const MAX_LAG: u64 = 10;
 
 /// The world, the server's part in it, and what a plain model expects: each message is read once by
-/// each device that was a member when it was sent and has been since.
+/// each device that was a member when it was sent and has been since. A message of a device that
+/// was removed may be refused instead, once.
 struct Model {
     world: World,
     group: GroupId,
@@ -154,7 +159,7 @@ struct Model {
     /// The number of times that each device has lost its state.
     losses: [u32; MAX_DEVICES],
     said: BTreeMap<String, Said>,
-    /// The number of times that each device read each message.
+    /// The number of times that each device read, or refused, each message.
     read: BTreeMap<(usize, String), usize>,
 }
 
@@ -252,7 +257,8 @@ impl Model {
             return;
         };
         let epoch = self.summary(who).unwrap().epoch;
-        self.said.insert(text, Said { author: who, epoch });
+        let digest = Sha256::digest(&parcel.payload).into();
+        self.said.insert(text, Said { author: who, epoch, digest });
         self.world.post(&parcel);
     }
 
@@ -387,9 +393,11 @@ impl Model {
     }
 
     fn deliver_all(&mut self, who: usize) {
+        let unpassed = self.world.clients[who].unpassed().unwrap();
         while self.has_mail(who) {
             self.deliver(who, 0);
         }
+        self.world.clients[who].end_pass(&unpassed).unwrap();
     }
 
     fn deliver_across_crashes(&mut self, who: usize) {
@@ -426,6 +434,13 @@ impl Model {
                 }
                 Received::Ignored(reason) => {
                     assert!(!is_steady, "{who} has always been there, yet: {reason}");
+                }
+                Received::Unreadable(lost) if lost.reason == Lost::NotAMember => {
+                    let is_it = |said: &&(_, &Said)| said.1.digest == lost.digest;
+                    let (text, said) = self.said.iter().find(|said| is_it(&said)).unwrap();
+                    assert!(self.is_unsteady[said.author], "{} was removed", said.author);
+                    assert_eq!(lost.claimed_sender, Some(self.world.key(said.author)));
+                    *self.read.entry((who, text.clone())).or_default() += 1;
                 }
                 Received::Unreadable(lost) => {
                     assert!(!is_steady, "{who} has always been there, yet: {lost:?}");

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use qpq_domain::IdentityKey;
 use qpq_mls::{Change, Commit, Error, GroupChange, GroupId, Ignored, Lost, Received};
 
-use crate::world::{ANN, BOB, CAT, DAN, World, is_lost, now, texts};
+use crate::world::{ANN, BOB, CAT, DAN, World, is_lost, is_refused_from, now, texts};
 
 impl World {
     fn known(&self, who: &[usize]) -> BTreeSet<IdentityKey> {
@@ -255,12 +255,58 @@ fn messages_from_before_a_device_joined_are_ignored() {
         let received = world.receive(phone, old);
         assert_eq!(received, [Received::Ignored(Ignored::BeforeJoining)]);
     }
-    // The same by a Welcome.
+    // The inbox has them before a Welcome.
     let tablet = world.new_device(BOB, "tablet");
+    assert_eq!(world.receive(tablet, &message), [Received::Buffered]);
     world.add(ANN, group, &[tablet]);
-    world.deliver_all(tablet);
-    let received = world.receive(tablet, &message);
-    assert_eq!(received, [Received::Ignored(Ignored::BeforeJoining)]);
+    let received = world.deliver_all(tablet);
+    assert_eq!(received.last(), Some(&Received::Ignored(Ignored::BeforeJoining)));
+}
+
+/// For example from a member that was restored from an old copy of its state.
+#[test]
+fn a_message_of_an_epoch_before_the_welcome_that_arrives_after_it_is_lost() {
+    let (mut world, group, _) = group_and_info(BOB);
+    let message = world.encrypt(ANN, group, "before");
+    world.remove(ANN, group, &[CAT]);
+    world.deliver_all(CAT);
+    let back = world.add(ANN, group, &[CAT]);
+    world.deliver_all(CAT);
+    let received = world.receive(CAT, &message);
+    assert!(is_lost(&received, Lost::NoKeys), "{received:?}");
+    let [Received::Unreadable(lost)] = &received[..] else { panic!("{received:?}") };
+    assert_eq!((lost.group, lost.claimed_sender), (Some(group), Some(world.key(ANN))));
+    let old = world.receive(CAT, &back.payload);
+    assert_eq!(old, [Received::Ignored(Ignored::BeforeJoining)], "commits are never for it");
+}
+
+#[test]
+fn messages_from_before_a_device_joined_are_lost_once_its_inbox_was_read_to_its_end() {
+    let (mut world, group, _) = group_and_info(BOB);
+    let [unread, late] = ["unread", "late"].map(|text| world.encrypt(ANN, group, text));
+    let commit = world.change(ANN, group, &Change::default());
+    let phone = world.new_device(CAT, "phone");
+    world.join(phone, &commit.group_info, &[ANN]);
+    world.restart(phone);
+    let unpassed = world.clients[phone].unpassed().unwrap();
+    assert_eq!(world.receive(phone, &unread), [Received::Ignored(Ignored::BeforeJoining)]);
+    world.clients[phone].end_pass(&unpassed).unwrap();
+    world.restart(phone);
+    assert!(is_lost(&world.receive(phone, &late), Lost::NoKeys));
+}
+
+#[test]
+fn messages_of_a_device_from_before_it_joined_again_are_read_until_its_account_is_removed() {
+    let (mut world, group, info) = group_and_info(BOB);
+    let [queued, late] = ["queued", "late"].map(|text| world.encrypt(CAT, group, text));
+    world.join(CAT, &info, &[BOB]);
+    world.deliver_all(ANN);
+    assert_eq!(texts(&world.receive(ANN, &queued)), ["queued"]);
+    world.deliver_all(BOB);
+    world.remove(ANN, group, &[CAT]);
+    world.deliver_all(BOB);
+    let received = world.receive(BOB, &late);
+    assert!(is_refused_from(&received, world.key(CAT)), "{received:?}");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Messages that come late, early, twice, or in another order.
 
-use qpq_mls::{Lost, Received};
+use qpq_mls::{Change, Lost, Received};
 
-use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, is_lost, texts};
+use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, is_lost, is_refused_from, texts};
 
 #[test]
 fn messages_of_an_epoch_are_read_in_any_order() {
@@ -128,18 +128,75 @@ fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
 fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
     let mut world = World::new(4);
     let group = world.group(&[ANN, BOB, CAT]);
-    let bobs = world.encrypt(BOB, group, "bob was here");
+    world.say(BOB, group, "bob was here");
+    world.remove(ANN, group, &[BOB]);
+    world.add(ANN, group, &[DAN]);
+    world.restart(ANN);
+    world.deliver_all(DAN);
+    world.say(DAN, group, "dan is here");
+
+    for author in [BOB, DAN] {
+        let received = world.deliver(ANN);
+        let [Received::Message { sender, .. }] = &received[..] else { panic!("{received:?}") };
+        assert_eq!(*sender, world.member(author));
+    }
+}
+
+#[test]
+fn a_message_of_a_removed_member_after_the_removal_in_the_inbox_is_refused() {
+    let mut world = World::new(4);
+    let group = world.group(&[ANN, BOB, CAT]);
+    let first = world.encrypt(BOB, group, "before the removal");
+    let late = world.encrypt(BOB, group, "with the old keys");
+    let question = world.clients[BOB].ask(group, vec![[1; 32]]).unwrap().payload;
+    assert_eq!(texts(&world.receive(CAT, &first)), ["before the removal"]);
     world.remove(ANN, group, &[BOB]);
     world.add(ANN, group, &[DAN]);
     world.deliver_all(CAT);
     world.restart(CAT);
-    world.deliver_all(DAN);
-    world.say(DAN, group, "dan is here");
-
-    for (received, author) in
-        [(world.clients[CAT].receive_now(&bobs), BOB), (world.deliver(CAT), DAN)]
-    {
-        let [Received::Message { sender, .. }] = &received[..] else { panic!("{received:?}") };
-        assert_eq!(*sender, world.member(author));
+    for message in [late, question] {
+        let received = world.receive(CAT, &message);
+        assert!(is_refused_from(&received, world.key(BOB)), "{received:?}");
     }
+}
+
+/// The inbox of the member that removes another has no place for the commit.
+#[test]
+fn messages_of_a_member_that_we_removed_are_read_until_the_inbox_was_read_to_its_end() {
+    let mut world = World::new(3);
+    let group = world.group(&[ANN, BOB, CAT]);
+    let [unread, during, late] =
+        ["unread", "during", "late"].map(|text| world.encrypt(BOB, group, text));
+    let before = world.clients[ANN].unpassed().unwrap();
+    world.remove(ANN, group, &[BOB]);
+    world.restart(ANN);
+    // A pass that began before the commit proves nothing.
+    world.clients[ANN].end_pass(&before).unwrap();
+    let unpassed = world.clients[ANN].unpassed().unwrap();
+    assert_eq!(texts(&world.receive(ANN, &unread)), ["unread"]);
+    assert_eq!(texts(&world.receive(ANN, &during)), ["during"]);
+    world.restart(ANN);
+    world.clients[ANN].end_pass(&unpassed).unwrap();
+    world.restart(ANN);
+    assert_eq!(world.clients[ANN].unpassed().unwrap(), []);
+    let received = world.receive(ANN, &late);
+    assert!(is_refused_from(&received, world.key(BOB)), "{received:?}");
+}
+
+/// A message that waits for a commit keeps its place in the inbox.
+#[test]
+fn a_message_before_the_removal_that_waited_for_a_commit_is_read() {
+    let mut world = World::new(3);
+    let group = world.group(&[ANN, BOB, CAT]);
+    world.change(ANN, group, &Change::default());
+    world.deliver_all(BOB);
+    let [early, late] = ["early", "late"].map(|text| world.encrypt(BOB, group, text));
+    let renewal = world.inboxes[CAT].pop_front().unwrap();
+    assert_eq!(world.receive(CAT, &early), [Received::Buffered]);
+    world.remove(ANN, group, &[BOB]);
+    assert_eq!(world.deliver_all(CAT), [Received::Buffered]);
+    assert_eq!(world.receive(CAT, &late), [Received::Buffered]);
+    let received = world.receive(CAT, &renewal);
+    assert_eq!(texts(&received), ["early"]);
+    assert!(is_refused_from(&received[3..], world.key(BOB)), "{received:?}");
 }

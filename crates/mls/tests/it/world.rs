@@ -40,6 +40,12 @@ pub(crate) fn is_lost(received: &[Received], reason: Lost) -> bool {
     matches!(received, [Received::Unreadable(lost)] if lost.reason == reason)
 }
 
+/// Whether this is one message of a removed member, refused because it came after the removal.
+pub(crate) fn is_refused_from(received: &[Received], sender: IdentityKey) -> bool {
+    is_lost(received, Lost::NotAMember)
+        && matches!(received, [Received::Unreadable(lost)] if lost.claimed_sender == Some(sender))
+}
+
 /// Each client is a device. Those of one account share its identity, and each reads all that the
 /// account gets.
 pub(crate) struct World {

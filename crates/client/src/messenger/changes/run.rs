@@ -179,7 +179,8 @@ impl Messenger {
                 let epoch = self.server_epoch(channel).await?;
                 // The commits up to this epoch are in the inbox by now. A commit that is created
                 // without one of them would be accepted, and refused by all members.
-                self.sync_to_end().await?;
+                let keys = self.sync_to_end().await?;
+                self.settle_keys(keys).await?;
                 epoch
             }
         };

@@ -314,7 +314,7 @@ impl Messenger {
     /// Publishes key packages and joins the conversations that the grant names.
     async fn join_conversations(&self) -> Result<(), Error> {
         self.settle_keys(NewKeys::Needed).await?;
-        self.sync().await?;
+        self.sync_and_settle_keys().await?;
         self.run_changes(None).await.map(drop)
     }
 }

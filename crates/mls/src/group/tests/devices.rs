@@ -2,7 +2,7 @@
 //! groups.
 
 use super::*;
-use crate::{Device, leaf::DeviceDescription};
+use crate::{Device, Lost, leaf::DeviceDescription};
 
 /// A client of the same account on a device of its own.
 fn on_device(account: &Client, name: &str) -> Client {
@@ -236,6 +236,26 @@ fn keys_of_a_replaced_state_are_deleted() {
     let (saved, in_use) = kept(&mut bob);
     assert_eq!(saved, in_use);
     assert_eq!(bob.database.in_lane(tables::MLS, &joining(&id)).unwrap().len(), 0);
+}
+
+/// Earlier releases did not save whether the messages of a removed member are refused.
+#[test]
+fn members_that_an_earlier_release_removed_are_refused() {
+    let [mut ann, mut bob, mut cat] = ["ann", "bob", "cat"].map(client);
+    let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
+    let late = say(&mut bob, id, "late");
+    let commit = remove(&mut ann, id, &bob);
+    cat.receive_now(&commit.payload);
+    ann.save().unwrap();
+    let row = ann.database.get(tables::GROUPS, id.as_bytes()).unwrap().unwrap();
+    ann.database.put(tables::GROUPS, id.as_bytes(), None, &row[..row.len() - 1]).unwrap();
+    let mut ann = Client::open(&ann.database.copy()).unwrap();
+    let received = ann.receive_now(&late);
+    assert!(
+        matches!(&received[..], [Received::Unreadable(lost)] if lost.reason == Lost::NotAMember),
+        "{received:?}"
+    );
+    assert_hears(&mut cat, &mut ann, id);
 }
 
 /// Earlier releases saved neither the admins nor the first epoch.
