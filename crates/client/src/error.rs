@@ -295,10 +295,10 @@ pub enum Error {
     )]
     LinkGrantForged,
     /// The request of a new device was approved too late, or one of the clocks is wrong.
-    #[error("the new device's request is too old, or the clock of one of the two is wrong")]
+    #[error("the code has expired, or the clock of one of the two devices is wrong")]
     LinkRequestExpired,
     /// No request with this code waits.
-    #[error("no device that asks to be linked has this code")]
+    #[error("no device that asks to be linked has this code: it is mistyped, or has expired")]
     NoSuchLinkRequest,
     /// The name of a device is empty, too long, or has control characters.
     #[error("a device's name has 1 to {max} bytes and no control characters")]

@@ -205,7 +205,7 @@ async fn wait_for(
     }
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), ProfileError> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), ProfileError> {
     qpq_durable_file::replace(path, bytes, 0o600)
         .map_err(|source| ProfileError::Io { path: path.to_owned(), source })
 }

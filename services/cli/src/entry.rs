@@ -153,9 +153,10 @@ impl Serialize for EntryReport<'_> {
             Event::Added { members } => {
                 (object.event, object.people) = ("added", members.iter().map(Into::into).collect());
             }
-            Event::Removed { members } => {
+            Event::Removed { by, members } => {
                 (object.event, object.people) =
                     ("removed", members.iter().map(Into::into).collect());
+                object.from = by.as_ref().map(Into::into);
             }
             Event::Unreadable { from, reason } => {
                 (object.event, object.reason) = ("unreadable", Some(reason.as_str()));
@@ -221,7 +222,8 @@ impl EntryReport<'_> {
             }
             _ => String::new(),
         };
-        match &self.entry.event {
+        let event = &self.entry.event;
+        match event {
             Event::Sent { text, delivery } => {
                 let mark = match delivery {
                     DeliveryState::Sent => "",
@@ -231,104 +233,109 @@ impl EntryReport<'_> {
                 self.said(&place, "you", text, mark, style)
             }
             Event::Received { from, text, .. } => self.said(&place, &name(from), text, "", style),
+            Event::DeviceRequested { .. } | Event::NameRefuted { .. } | Event::NewKey { .. } => {
+                style.bold(format_args!("* {}", self.of_account(event).unwrap_or_default()))
+            }
+            _ => match self.of_account(event) {
+                Some(notice) => style.dim(format_args!("* {notice}")),
+                None => style.dim(format_args!("* {place}{}", self.of_conversation(event))),
+            },
+        }
+    }
+
+    /// Describes an event that concerns the account; `None` for an event of a conversation.
+    fn of_account(&self, event: &Event) -> Option<String> {
+        Some(match event {
             Event::Joined { by } => {
                 let group =
                     self.entry.conversation.map(|id| self.group_name(id)).unwrap_or_default();
                 if by.standing == Standing::Own {
-                    style.dim(format_args!("* you joined the group {group} on this device"))
+                    format!("you joined the group {group} on this device")
                 } else {
-                    style.dim(format_args!("* {} added you to the group {group}", name(by)))
+                    format!("{} added you to the group {group}", name(by))
                 }
             }
             Event::Requested { by, group } => {
-                let wish = wish(group.as_deref());
-                style.dim(format_args!("* {} {wish}: see `qpq requests`", name(by)))
+                format!("{} {}: see `qpq requests`", name(by), wish(group.as_deref()))
             }
-            Event::Added { members } => {
-                style.dim(format_args!("* {place}{} joined", names(members)))
-            }
-            Event::Removed { members }
-                if members.iter().any(|member| member.standing == Standing::Own) =>
-            {
-                style.dim(format_args!("* {place}you are no longer in the group"))
-            }
-            Event::Removed { members } => {
-                style.dim(format_args!("* {place}{} left", names(members)))
-            }
-            Event::DeviceRequested { name } => style.bold(format_args!(
-                "* a new device asks to be linked: {}. Run `qpq device approve` if it is yours",
+            Event::DeviceRequested { name } => format!(
+                "a new device asks to be linked: {}. Run `qpq device approve` if it is yours",
                 text::line(name)
-            )),
-            Event::DeviceAdded { person, device } => style.dim(format_args!(
-                "* {place}{} added a device: {}",
-                self.owner(person),
-                text::line(device)
-            )),
-            Event::DeviceRemoved { person, device } => style.dim(format_args!(
-                "* {place}{} removed a device: {}",
-                self.owner(person),
-                text::line(device)
-            )),
-            Event::Rejoined { person, device } => style.dim(format_args!(
-                "* {place}{} joined again on a device that had lost its keys: {}",
-                self.owner(person),
-                text::line(device)
-            )),
-            Event::Renamed { by, name: new } => style.dim(format_args!(
-                "* {place}{} named the group {}",
-                self.owner(by),
-                text::line(new)
-            )),
-            Event::Promoted { members } => style.dim(format_args!(
-                "* {place}now an admin: {}",
-                names(members)
-            )),
-            Event::Demoted { members } => style.dim(format_args!(
-                "* {place}no longer an admin: {}",
-                names(members)
-            )),
-            Event::NotChanged { reason } => style.dim(format_args!(
-                "* {place}a change could not be made: {}",
-                text::line(reason)
-            )),
+            ),
             Event::Unreadable { from, reason } => {
                 let from =
                     from.as_ref().map_or(String::new(), |from| format!(" from {}", name(from)));
-                style.dim(format_args!(
-                    "* a message{from} could not be read: {}",
-                    text::line(reason)
-                ))
+                format!("a message{from} could not be read: {}", text::line(reason))
             }
-            Event::WentBack => style.dim(format_args!(
-                "* the server's store went back in time, as when a backup is restored: what it \
-                 accepted since then and did not deliver is lost"
-            )),
-            Event::Restored => style.dim(format_args!(
-                "* this profile is an older copy of what it was: its keys were renewed before \
-                 anything was sent"
-            )),
+            Event::WentBack => "the server's store went back in time, as when a backup is \
+                                restored: what it accepted since then and did not deliver is lost"
+                .to_owned(),
+            Event::Restored => "this profile is an older copy of what it was: its keys were \
+                                renewed before anything was sent"
+                .to_owned(),
             Event::Missing { first, last } => {
                 let many = last.0.saturating_sub(first.0).saturating_add(1);
-                style.dim(format_args!(
-                    "* {many} of the messages to you never came: expired, or read elsewhere"
-                ))
+                format!("{many} of the messages to you never came: expired, or read elsewhere")
             }
             Event::NameRefuted { person, claimed } => {
                 let (claimed, person) = (text::line(claimed.as_str()), name(person));
-                style.bold(format_args!(
-                    "* Careful: a user who is not {claimed} claims that name; shown as {person}"
-                ))
+                format!("Careful: a user who is not {claimed} claims that name; shown as {person}")
             }
-            Event::NewKey { person } => style.bold(format_args!(
-                "* Careful: {} has another key than the {1} you know. Ask {1} and compare `qpq keys {1}`",
+            Event::NewKey { person } => format!(
+                "Careful: {} has another key than the {1} you know. Ask {1} and compare \
+                 `qpq keys {1}`",
                 name(person),
                 text::line(person.username.as_str())
-            )),
-            Event::Undeliverable { to, reason } => style.dim(format_args!(
-                "* {place}not delivered to {}: {}",
-                name(to),
-                text::line(reason)
-            )),
+            ),
+            _ => return None,
+        })
+    }
+
+    /// Describes an event of a conversation.
+    fn of_conversation(&self, event: &Event) -> String {
+        match event {
+            Event::Added { members } => format!("{} joined", names(members)),
+            Event::Removed { by, members } => self.removal(by.as_ref(), members),
+            Event::DeviceAdded { person, device } => {
+                format!("{} added a device: {}", self.owner(person), text::line(device))
+            }
+            Event::DeviceRemoved { person, device } => {
+                format!("{} removed a device: {}", self.owner(person), text::line(device))
+            }
+            Event::Rejoined { person, device } => format!(
+                "{} joined again on a device that had lost its keys: {}",
+                self.owner(person),
+                text::line(device)
+            ),
+            Event::Renamed { by, name } => {
+                format!("{} named the group {}", self.owner(by), text::line(name))
+            }
+            Event::Promoted { members } => format!("now an admin: {}", names(members)),
+            Event::Demoted { members } => format!("no longer an admin: {}", names(members)),
+            Event::NotChanged { reason } => {
+                format!("a change could not be made: {}", text::line(reason))
+            }
+            Event::Undeliverable { to, reason } => {
+                format!("not delivered to {}: {}", name(to), text::line(reason))
+            }
+            // The others are messages, or concern the account.
+            _ => String::new(),
+        }
+    }
+
+    /// Describes how members ceased to be in a group.
+    fn removal(&self, by: Option<&Person>, members: &[Person]) -> String {
+        let is_own = |person: &Person| person.standing == Standing::Own;
+        let are_own = members.iter().any(is_own);
+        match by {
+            None if are_own => "you are no longer in the group".to_owned(),
+            None => format!("{} left", names(members)),
+            Some(by) if is_own(by) && are_own => "you left the group on another device".to_owned(),
+            Some(by) => {
+                let removed: Vec<_> = members.iter().map(|one| self.owner(one)).collect();
+                let verb = if members.len() == 1 && !are_own { "was" } else { "were" };
+                format!("{} {verb} removed by {}", removed.join(", "), self.owner(by))
+            }
         }
     }
 
@@ -449,6 +456,26 @@ mod tests {
             line(Event::Missing { first: Seq(3), last: Seq(4) }, 0).split_whitespace().nth(1),
             Some("2")
         );
+    }
+
+    #[test]
+    fn who_left_and_who_was_removed_by_which_member_is_said() {
+        let carol = Person {
+            identity: IdentityKey::new([2; 32]),
+            username: Username::parse("carol").unwrap(),
+            standing: Standing::Confirmed,
+        };
+        let (me, bob) = (bob(Standing::Own), bob(Standing::Confirmed));
+        let removed = |by: Option<&Person>, members: &[&Person]| {
+            let members = members.iter().map(|one| (*one).clone()).collect();
+            line(Event::Removed { by: by.cloned(), members }, 0)
+        };
+        assert_eq!(removed(None, &[&bob, &carol]), "* bob, carol left");
+        assert_eq!(removed(Some(&carol), &[&bob]), "* bob was removed by carol");
+        assert_eq!(removed(Some(&me), &[&bob, &carol]), "* bob, carol were removed by you");
+        assert_eq!(removed(Some(&carol), &[&me]), "* you were removed by carol");
+        assert_eq!(removed(Some(&me), &[&me]), "* you left the group on another device");
+        assert_eq!(removed(None, &[&me]), "* you are no longer in the group");
     }
 
     #[test]

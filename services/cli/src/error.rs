@@ -133,10 +133,14 @@ impl From<Error> for CliError {
                 "to use this machine again: qpq -p NAME device link …",
             ),
             Error::TooManyDevices { .. } => {
-                failure("client.too_many_devices", "run `qpq device revoke` for one of them")
+                let hint = "run `qpq device revoke` for one of them, and approve again: the new \
+                            device still waits";
+                failure("client.too_many_devices", hint)
             }
             Error::LinkNotApproved => {
-                failure("client.link_not_approved", "run `qpq device link` again, and approve it")
+                let hint = "run `qpq device link` again, and approve it; if it was approved, \
+                            `qpq device approve` says why it was refused";
+                failure("client.link_not_approved", hint)
             }
             Error::LinkGrantForged => {
                 failure("client.link_forged", "ask the server's operator, and link again")
@@ -146,7 +150,8 @@ impl From<Error> for CliError {
             }
             Error::NoSuchLinkRequest => failure(
                 "client.no_such_link_request",
-                "compare it with the new device; `qpq device approve` lists those that ask",
+                "compare it with the new device; a code expires after 15 minutes, then run \
+                 `qpq device link` again",
             ),
             Error::DeviceName { .. } => failure("client.device_name", "choose another name"),
             Error::Mls(error) => error.into(),

@@ -64,7 +64,7 @@ async fn read(messenger: &Messenger) -> Vec<String> {
         Event::Joined { by } => format!("joined by {by}"),
         Event::Requested { by, .. } => format!("{by} asks"),
         Event::Added { members } => format!("+{}", names(members)),
-        Event::Removed { members } => format!("-{}", names(members)),
+        Event::Removed { members, .. } => format!("-{}", names(members)),
         Event::Renamed { by, name } => format!("{by} renames it {name}"),
         Event::Promoted { members } => format!("promoted {}", names(members)),
         Event::Demoted { members } => format!("demoted {}", names(members)),

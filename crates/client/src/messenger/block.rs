@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use qpq_domain::IdentityKey;
 use qpq_mls::database::DatabaseError;
 
-use super::{Messenger, people::Person, state::State, tables::BLOCKED};
+use super::{Messenger, decisions::Decision, people::Person, state::State, tables::BLOCKED};
 use crate::error::Error;
 
 impl Messenger {
@@ -21,15 +21,16 @@ impl Messenger {
         if identity == self.profile().identity {
             return Err(qpq_mls::Error::Yourself.into());
         }
-        self.store()
+        let person = self
+            .store()
             .change(move |state| {
-                state.database().put(BLOCKED, identity.as_bytes(), None, identity.as_bytes())?;
-                state.forget_questions(&identity)?;
-                state.forget_stranger(&identity)?;
-                state.mls.decline_all(&identity)?;
+                state.block(&identity)?;
+                state.share(&Decision::Blocked(identity))?;
                 Ok(state.people.person(&identity)?)
             })
-            .await
+            .await?;
+        self.send_decisions().await;
+        Ok(person)
     }
 
     /// Accepts messages of this person again; returns whether the person was blocked.
@@ -37,9 +38,18 @@ impl Messenger {
     /// Messages sent in between are lost, and so are the groups that this person added us to: the
     /// person has to add us again.
     pub async fn unblock(&self, identity: IdentityKey) -> Result<bool, Error> {
-        self.store()
-            .change(move |state| Ok(state.database().delete(BLOCKED, identity.as_bytes())?))
-            .await
+        let was_blocked = self
+            .store()
+            .change(move |state| {
+                let was_blocked = state.unblock(&identity)?;
+                if was_blocked {
+                    state.share(&Decision::Unblocked(identity))?;
+                }
+                Ok(was_blocked)
+            })
+            .await?;
+        self.send_decisions().await;
+        Ok(was_blocked)
     }
 
     /// Everyone whose messages are refused.
@@ -54,6 +64,20 @@ impl Messenger {
 }
 
 impl State {
+    /// Refuses everything that a person sends, on this device.
+    pub(super) fn block(&mut self, identity: &IdentityKey) -> Result<(), Error> {
+        self.database().put(BLOCKED, identity.as_bytes(), None, identity.as_bytes())?;
+        self.forget_questions(identity)?;
+        self.forget_stranger(identity)?;
+        self.mls.decline_all(identity)?;
+        Ok(())
+    }
+
+    /// Ends [`State::block`]. Returns whether the person was blocked.
+    pub(super) fn unblock(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
+        self.database().delete(BLOCKED, identity.as_bytes())
+    }
+
     /// The keys of everyone whose messages are refused.
     pub(super) fn blocked(&self) -> Result<BTreeSet<IdentityKey>, DatabaseError> {
         let damaged = |_| DatabaseError::Damaged("a blocked key is cut short".into());

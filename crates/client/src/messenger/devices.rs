@@ -1,46 +1,28 @@
-//! The devices of this account, and those of the people in our conversations.
-//!
-//! Each device is a leaf of every group that its account is in. The directory (ResolveIdentity)
-//! returns the devices of an account. Before something is sent to a conversation, the directory is
-//! asked again about some of its accounts; the member that writes next adds what is missing and
-//! removes what was revoked. A device is added only with its account's statement, which every
-//! member checks, so a lying directory can leave devices out and cannot add one.
+//! The devices of this account: listing, renaming and revoking them, and registering this one.
 
-use std::collections::BTreeSet;
-
-use qpq_domain::{DeviceId, IdentityKey, UnixMillis, Username};
-use qpq_mls::{Change, Device, GroupId, MemberDevice, NewMember, database::DatabaseError};
+use qpq_domain::{DeviceId, UnixMillis};
+use qpq_mls::{Device, database::DatabaseError};
 use qpq_proto::{methods, v1};
 
 use super::{
-    Messenger,
-    changes::{Cause, Operation},
-    directory::is_not_found,
-    inbox::unless_final,
-    log::ConversationId,
-    now,
-    people::Person,
-    records::Corrupt,
-    state::State,
-    store::StateStore,
-    tables::{CHECKED, SETTINGS},
+    Messenger, directory::is_not_found, now, records::Corrupt, state::State, store::StateStore,
+    tables::SETTINGS,
 };
 use crate::{
     client::Client,
     error::{CallError, Error},
-    link::ConnectionEvent,
     profile::Profile,
 };
-
-/// The most accounts that the directory is asked about before one message.
-const MAX_ACCOUNTS: usize = 16;
 
 /// A device that is not registered yet, in the form of [`encode_device`].
 const CANDIDATE: &[u8] = b"device-candidate";
 /// The time at which the server was last asked for the devices of this account.
 const OWN_DEVICES_SINCE: &[u8] = b"own-devices-since";
 /// The number of other devices of this account, as the server said last.
-const OTHER_DEVICES: &[u8] = b"other-devices";
+pub(super) const OTHER_DEVICES: &[u8] = b"other-devices";
+
+/// Present once the server has said that this device was revoked.
+const REVOKED: &[u8] = b"device-revoked";
 
 /// A device of this account.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,12 +124,51 @@ impl Messenger {
         self.store().read(|state| Ok(state.mls.device().map(Device::id))).await
     }
 
-    /// Returns whether the server says that this device was revoked. `false` where it cannot be
-    /// asked.
+    /// Returns whether the server says that this device was revoked. Where it cannot be asked, the
+    /// last answer counts.
     pub async fn is_revoked(&self) -> bool {
-        let is_device = self.device_id().await.is_ok_and(|id| id.is_some());
-        let devices = self.devices().await;
-        is_device && devices.is_ok_and(|devices| devices.iter().all(|device| !device.is_this))
+        if !self.device_id().await.is_ok_and(|id| id.is_some()) {
+            return false;
+        }
+        match self.devices().await {
+            Ok(devices) if devices.iter().any(|device| device.is_this) => {
+                let noted = self.store().change(|state| Ok(state.set_number(REVOKED, None)?)).await;
+                if let Err(error) = noted {
+                    tracing::warn!(%error, "the answer about this device was not noted");
+                }
+                false
+            }
+            Ok(_) => {
+                self.note_revoked().await;
+                true
+            }
+            Err(_) => self.was_revoked().await.unwrap_or(false),
+        }
+    }
+
+    /// Returns whether this device was revoked, as far as is known here. The server is not asked.
+    pub async fn was_revoked(&self) -> Result<bool, Error> {
+        self.store().read(|state| Ok(state.is_revoked()?)).await
+    }
+
+    /// Notes that this device was revoked, and ends its session, which reads no inbox.
+    pub(super) async fn note_revoked(&self) {
+        let noted = self.store().change(|state| {
+            let token = state.token()?;
+            if state.mls.device().is_some() {
+                state.set_number(REVOKED, Some(1))?;
+                state.set_token(None)?;
+            }
+            Ok(token.filter(|_| state.mls.device().is_some()))
+        });
+        let ended = match noted.await {
+            Ok(None) => return,
+            Ok(Some(token)) => self.client().end_session(token).await.map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "the session of a revoked device was not ended");
+        }
     }
 
     /// Registers this device, unless it is registered.
@@ -164,189 +185,6 @@ impl Messenger {
 
     async fn register_device(&self, device: &Device) -> Result<(), CallError> {
         register(self.client(), device).await
-    }
-
-    /// Fetches one KeyPackage for each device of a person.
-    pub(super) async fn fetch_packages(&self, person: &Person) -> Result<Vec<NewMember>, Error> {
-        let packages = self.fetch_of(person.identity, &person.username, None).await?;
-        if packages.is_empty() {
-            return Err(Error::NoKeys(person.username.clone()));
-        }
-        Ok(packages)
-    }
-
-    /// Fetches one KeyPackage for each other device of this account.
-    pub(super) async fn fetch_own_packages(&self) -> Result<Vec<NewMember>, Error> {
-        if !self.store().read(|state| Ok(state.has_other_devices()?)).await? {
-            return Ok(Vec::new());
-        }
-        let Some(own) = self.device_id().await? else { return Ok(Vec::new()) };
-        let (me, username) = (self.profile().identity, &self.profile().username);
-        self.fetch_of(me, username, Some(own)).await
-    }
-
-    async fn fetch_of(
-        &self,
-        identity: IdentityKey,
-        username: &Username,
-        except: Option<DeviceId>,
-    ) -> Result<Vec<NewMember>, Error> {
-        let request = v1::FetchKeyPackageRequest {
-            identity_key: identity.as_bytes().to_vec().into(),
-            all_devices: true,
-            ..Default::default()
-        };
-        let answer = match self.client().call::<methods::FetchKeyPackage>(request).await {
-            Ok(answer) => answer,
-            Err(error) if is_not_found(&error) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
-        let is_wanted = |package: &v1::DevicePackage| {
-            let id = DeviceId::try_from(&package.device_id[..]).ok();
-            !package.package.is_empty() && (except.is_none() || id != except)
-        };
-        let of_devices = answer.packages.into_iter().filter(is_wanted);
-        let packages = of_devices.map(|one| one.package).chain(Some(answer.package));
-        Ok(packages
-            .filter(|package| !package.is_empty())
-            .map(|package| NewMember {
-                identity,
-                username: username.clone(),
-                key_package: package.to_vec(),
-            })
-            .collect())
-    }
-
-    /// Brings a conversation's devices up to date, before something is sent to it.
-    ///
-    /// Asks the directory about the accounts whose last answer is the oldest. A failure of the
-    /// server does not delay the message.
-    pub(super) async fn update_devices(&self, conversation: ConversationId) -> Result<(), Error> {
-        let is_connected = matches!(
-            *self.client().connection_events().borrow(),
-            ConnectionEvent::Connected { .. }
-        );
-        if !is_connected {
-            return Ok(());
-        }
-        let stale_after = self.client().options().devices_every;
-        let due = self
-            .store()
-            .read(move |state| {
-                let Some(group) = state.group_of(conversation)? else { return Ok(None) };
-                let Some(summary) = state.mls.group(&group)?.filter(|group| group.active) else {
-                    return Ok(None);
-                };
-                let is_recent = |at: UnixMillis| at <= now() && at.plus(stale_after) > now();
-                // One row for a large group, unless some of its accounts are due.
-                if state.checked_at(group.as_bytes())?.is_some_and(is_recent) {
-                    return Ok(None);
-                }
-                let mut due = Vec::new();
-                for member in summary.members {
-                    let checked = state.checked_at(member.identity.as_bytes())?;
-                    if !checked.is_some_and(is_recent) {
-                        due.push((checked, member.identity));
-                    }
-                }
-                due.sort_unstable();
-                let are_all = due.len() <= MAX_ACCOUNTS;
-                due.truncate(MAX_ACCOUNTS);
-                let due: Vec<_> = due.into_iter().map(|(_, identity)| identity).collect();
-                Ok(Some((group, due, are_all)))
-            })
-            .await?;
-        let Some((group, due, are_all)) = due else { return Ok(()) };
-        if are_all {
-            self.store().change(move |state| Ok(state.set_checked(group.as_bytes())?)).await?;
-        }
-        if due.is_empty() {
-            return Ok(());
-        }
-        match self.reconcile(group, &due).await {
-            Err(Error::Call(error)) if error.is_temporary() => {
-                tracing::debug!(%error, "devices are checked later");
-                Ok(())
-            }
-            Err(error @ (Error::Mls(_) | Error::GroupBusy)) => {
-                tracing::warn!(%error, "devices of a conversation cannot be brought up to date");
-                Ok(())
-            }
-            done => unless_final("devices", done),
-        }
-    }
-
-    /// Brings this account's own devices up to date in every group.
-    pub(super) async fn update_own_devices(&self) -> Result<(), Error> {
-        self.devices().await?;
-        let me = self.profile().identity;
-        let groups = self.store().read(|state| Ok(state.mls.groups()?)).await?;
-        for group in groups.into_iter().filter(|group| group.active) {
-            match self.reconcile(group.id, &[me]).await {
-                Err(error @ (Error::Mls(_) | Error::GroupBusy)) => {
-                    tracing::warn!(%error, "own devices cannot be brought up to date in a group");
-                }
-                done => unless_final("devices", done)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the missing devices of accounts to a group, and removes the revoked ones.
-    async fn reconcile(&self, group: GroupId, accounts: &[IdentityKey]) -> Result<(), Error> {
-        let mut change = Change::default();
-        let devices = self.store().change(move |state| Ok(state.mls.devices(&group)?)).await?;
-        let me = self.profile().identity;
-        for account in accounts {
-            let Some(registered) = self.registered_devices(account).await? else { continue };
-            if *account == me {
-                let others = registered.len().saturating_sub(1) as u64;
-                self.store()
-                    .change(move |state| Ok(state.set_number(OTHER_DEVICES, Some(others))?))
-                    .await?;
-            }
-            let of_account: Vec<_> =
-                devices.iter().filter(|device| device.member.identity == *account).collect();
-            let Some(username) = of_account.first().map(|device| &device.member.username) else {
-                continue;
-            };
-            change.remove_devices.extend(revoked(&of_account, &registered));
-            let present: BTreeSet<_> = of_account.iter().filter_map(|device| device.id()).collect();
-            // A leaf without a device, of before the account had any, is that of its first one.
-            let unnamed = of_account.iter().filter(|device| device.id().is_none()).count();
-            let missing = registered.difference(&present).count();
-            if missing > unnamed {
-                let own = self.device_id().await?.filter(|_| *account == me);
-                let packages = self.fetch_of(*account, username, own).await?;
-                change.add.extend(packages);
-            }
-            let account = *account;
-            self.store().change(move |state| Ok(state.set_checked(account.as_bytes())?)).await?;
-        }
-        let is_changed = !change.add.is_empty() || !change.remove_devices.is_empty();
-        if is_changed {
-            self.run_operation(Operation::Change { group, change, cause: Cause::Client }).await?;
-        }
-        Ok(())
-    }
-
-    /// Returns the ids of an account's devices, by the directory.
-    async fn registered_devices(
-        &self,
-        account: &IdentityKey,
-    ) -> Result<Option<BTreeSet<DeviceId>>, Error> {
-        let request = v1::ResolveIdentityRequest {
-            identity_key: account.as_bytes().to_vec().into(),
-            ..Default::default()
-        };
-        let answer = match self.client().call::<methods::ResolveIdentity>(request).await {
-            Ok(answer) => answer,
-            Err(error) if is_not_found(&error) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let ids = answer.devices.iter().map(|device| DeviceId::try_from(&device.device_id[..]));
-        let ids: Result<_, _> = ids.collect();
-        Ok(Some(ids.map_err(|_| CallError::Malformed { method: "ResolveIdentity" })?))
     }
 }
 
@@ -392,9 +230,10 @@ pub(super) async fn register_this(
 /// Binds a session of a login without a device to this device, if it is registered: the profile did
 /// not name it yet.
 pub(super) async fn bind_session(client: &Client, store: &StateStore) -> Result<(), Error> {
-    match store.read(|state| Ok(state.mls.device().cloned())).await? {
-        Some(device) => Ok(register(client, &device).await?),
-        None => Ok(()),
+    let device = store.read(|state| Ok((state.mls.device().cloned(), state.is_revoked()?)));
+    match device.await? {
+        (Some(device), false) => Ok(register(client, &device).await?),
+        _ => Ok(()),
     }
 }
 
@@ -407,24 +246,6 @@ pub(super) async fn register(client: &Client, device: &Device) -> Result<(), Cal
         ..Default::default()
     };
     client.call::<methods::RegisterDevice>(request).await.map(drop)
-}
-
-/// Returns the devices of a group that an account has revoked.
-///
-/// The last device of an account stays, since its removal would remove the account.
-fn revoked(
-    of_account: &[&MemberDevice],
-    registered: &BTreeSet<DeviceId>,
-) -> Vec<(IdentityKey, Option<DeviceId>)> {
-    let is_revoked = |device: &&&MemberDevice| {
-        device.id().is_some_and(|id| !registered.is_empty() && !registered.contains(&id))
-    };
-    let revoked: Vec<_> = of_account
-        .iter()
-        .filter(is_revoked)
-        .map(|device| (device.member.identity, device.id()))
-        .collect();
-    if revoked.len() == of_account.len() { Vec::new() } else { revoked }
 }
 
 /// The default name of the device that an account is registered on.
@@ -448,6 +269,10 @@ impl State {
         Ok(device)
     }
 
+    fn is_revoked(&self) -> Result<bool, DatabaseError> {
+        Ok(self.number(REVOKED)?.is_some())
+    }
+
     /// Returns whether the account has other devices, as far as is known here.
     pub(super) fn has_other_devices(&self) -> Result<bool, DatabaseError> {
         Ok(self.number(OTHER_DEVICES)?.is_some_and(|others| others > 0))
@@ -456,28 +281,6 @@ impl State {
     /// Notes that the account has other devices.
     pub(super) fn note_other_devices(&self) -> Result<(), DatabaseError> {
         self.set_number(OTHER_DEVICES, Some(self.number(OTHER_DEVICES)?.unwrap_or(0).max(1)))
-    }
-
-    /// Returns the MLS group to send to in a conversation.
-    pub(super) fn group_of(
-        &self,
-        conversation: ConversationId,
-    ) -> Result<Option<GroupId>, DatabaseError> {
-        match conversation {
-            ConversationId::Direct(peer) => self.mls.direct(&peer),
-            ConversationId::Group(id) => Ok(Some(id)),
-        }
-    }
-
-    /// Returns when the devices of an account, or of all accounts of a group, were asked for.
-    fn checked_at(&self, subject: &[u8; 32]) -> Result<Option<UnixMillis>, DatabaseError> {
-        let row = self.database().get(CHECKED, subject)?;
-        let at = row.map(|row| row[..].try_into().map(u64::from_be_bytes)).transpose();
-        Ok(at.map_err(Corrupt::new)?.map(UnixMillis))
-    }
-
-    fn set_checked(&self, subject: &[u8; 32]) -> Result<(), DatabaseError> {
-        self.database().put(CHECKED, subject, None, &now().0.to_be_bytes())
     }
 }
 

@@ -8,6 +8,7 @@ use qpq_proto::{Status, methods, v1};
 
 use super::{
     Messenger,
+    decisions::Decision,
     log::Event,
     now,
     people::{Person, Standing},
@@ -90,7 +91,7 @@ impl Messenger {
                 Ok(())
             })
             .await?;
-        self.store().change(move |state| Ok(state.meet(&identity)?)).await?;
+        self.store().change(move |state| Ok(state.befriend(&identity)?)).await?;
         self.confirm(identity, username.clone()).await
     }
 
@@ -101,11 +102,14 @@ impl Messenger {
         let at = now();
         self.store()
             .change(move |state| {
-                state.people.set_compared(&person.identity, at)?;
-                state.meet(&person.identity)?;
-                Ok(at)
+                let Person { identity, username, .. } = person;
+                state.people.set_compared(&identity, at)?;
+                state.meet(&identity)?;
+                Ok(state.share(&Decision::Compared { identity, username, at })?)
             })
-            .await
+            .await?;
+        self.send_decisions().await;
+        Ok(at)
     }
 
     /// Returns when the safety number with the owner of this key was compared, if it was.

@@ -194,18 +194,19 @@ impl Messenger {
     }
 
     async fn peek(&self, after: Seq) -> Result<(v1::PeekResponse, Arc<Live>), Error> {
-        self.client()
-            .call_any::<methods::Peek>(v1::PeekRequest {
-                all_channels: true,
-                after_seq: after.0,
-                limit: PAGE,
-                ..Default::default()
-            })
-            .await
-            .map_err(|error| match error.is_code("delivery.device_required") {
-                true => Error::DeviceRevoked,
-                false => error.into(),
-            })
+        let request = v1::PeekRequest {
+            all_channels: true,
+            after_seq: after.0,
+            limit: PAGE,
+            ..Default::default()
+        };
+        match self.client().call_any::<methods::Peek>(request).await {
+            Err(error) if error.is_code("delivery.device_required") => {
+                self.note_revoked().await;
+                Err(Error::DeviceRevoked)
+            }
+            answer => Ok(answer?),
+        }
     }
 
     /// Acks on the connection of the Peek that returned these seqs: the server compares the history
@@ -323,6 +324,7 @@ impl TakenIn {
     ) -> Result<(), Error> {
         match received {
             Received::Leaving { group, sender } => {
+                state.note_leaving(&group, &sender.identity)?;
                 let members = self.leaving.entry(group).or_default();
                 if !members.contains(&sender.identity) {
                     members.push(sender.identity);
@@ -371,8 +373,9 @@ pub(super) fn take_in(
         numbers.go_back(state, now)?;
     }
     let newest_at = page.payloads.iter().map(|envelope| UnixMillis(envelope.enqueued_at)).max();
-    let marking = state.marking()?;
-    let mut intake = Intake { state, marking, numbers, taken: TakenIn::new(newest), now };
+    let (marking, decisions) = (state.marking()?, state.decision_channel());
+    let taken = TakenIn::new(newest);
+    let mut intake = Intake { state, marking, decisions, numbers, taken, now };
     for envelope in page.payloads {
         intake.process(&envelope, &rules)?;
     }
@@ -390,15 +393,18 @@ pub(super) fn take_in(
 struct Intake<'a> {
     state: &'a mut State,
     marking: Marking,
+    /// The channel of the account's decisions.
+    decisions: ChannelId,
     numbers: Numbers,
     taken: TakenIn,
     now: UnixMillis,
 }
 
 impl Intake<'_> {
-    /// Processes one message: a marker, a message of a new device, or a message to a group.
+    /// Processes one message: a marker, a message of a new device, a decision of another device, or
+    /// a message to a group.
     fn process(&mut self, envelope: &v1::Envelope, rules: &Rules<'_>) -> Result<(), Error> {
-        let Self { state, marking, numbers, taken, now } = self;
+        let Self { state, marking, decisions, numbers, taken, now } = self;
         let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
         let arrival = Arrival { at: at.max(*now), channel: channel(envelope) };
         let is_news = !state.mls.knows(&digest(&envelope.data))?;
@@ -415,6 +421,14 @@ impl Intake<'_> {
             state.mls.receive(&envelope.data, arrival)?;
             if is_news {
                 state.note_link_message(message, at, *now)?;
+            }
+            return Ok(());
+        }
+        if arrival.channel == *decisions {
+            // Noted like any message, so that its seq is known.
+            state.mls.receive(&envelope.data, arrival)?;
+            if is_news {
+                state.adopt_decision(&envelope.data, *now)?;
             }
             return Ok(());
         }

@@ -7,15 +7,17 @@
 use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use qpq_domain::IdentityKey;
-use qpq_mls::{Change, GroupId, GroupKind};
+use qpq_mls::{Change, GroupChange, GroupId, GroupKind, database::DatabaseError};
 use qpq_proto::{methods, v1};
 
 use super::{
     Messenger,
     changes::{Cause, Operation},
-    log::ConversationId,
+    log::{ConversationId, Event},
+    now,
     send::{SendOutcome, group_of},
     state::State,
+    tables::LEAVING,
 };
 use crate::error::Error;
 
@@ -40,7 +42,7 @@ impl Messenger {
                 state.count_encryption()?;
                 let channel = state.server_group(&id)?.map(|known| known.channel);
                 if let Some(farewell) = state.mls.leave(id)? {
-                    state.outbox.push(farewell, None, super::now())?;
+                    state.outbox.push(farewell, None, now())?;
                 }
                 if let Some(channel) = channel {
                     state.add_change(Operation::Leave { channel })?;
@@ -99,7 +101,10 @@ impl State {
         let me = self.me();
         for (id, mut members) in leaving {
             if members.contains(&me) {
-                self.log.mark_all_seen(ConversationId::Group(id))?;
+                let conversation = ConversationId::Group(id);
+                self.log.mark_all_seen(conversation)?;
+                let left = Event::Removed { by: Some(me), members: vec![me] };
+                self.log.push(Some(conversation), now(), left)?;
             }
             let Some(group) = self.mls.group(&id)? else { continue };
             let is_admin = group.active
@@ -113,4 +118,34 @@ impl State {
         }
         Ok(())
     }
+
+    /// Notes that a member has left, before an admin removes it.
+    pub(super) fn note_leaving(
+        &self,
+        group: &GroupId,
+        member: &IdentityKey,
+    ) -> Result<(), DatabaseError> {
+        self.database().put(LEAVING, &leaving_key(group, member), None, b"")
+    }
+
+    /// Returns the members that have left before a commit removed them, and forgets that.
+    pub(super) fn take_leaving(
+        &self,
+        group: &GroupId,
+        changes: &[GroupChange],
+    ) -> Result<Vec<IdentityKey>, DatabaseError> {
+        let mut left = Vec::new();
+        for change in changes {
+            if let GroupChange::Removed(member) = change
+                && self.database().delete(LEAVING, &leaving_key(group, &member.identity))?
+            {
+                left.push(member.identity);
+            }
+        }
+        Ok(left)
+    }
+}
+
+fn leaving_key(group: &GroupId, member: &IdentityKey) -> Vec<u8> {
+    [&group.as_bytes()[..], member.as_bytes()].concat()
 }

@@ -19,6 +19,7 @@ use super::{
     Messenger,
     inbox::{NewKeys, unless_final},
     log::{Entry, EntryId},
+    shown,
 };
 use crate::{error::Error, link::Renewed};
 
@@ -78,12 +79,14 @@ impl Drop for Listener {
 }
 
 impl Messenger {
-    /// Starts a stream of the entries. Each comes once; mark it as seen once it was shown.
+    /// Starts a stream of the entries: first those that are not marked as seen, then all new ones.
+    /// Each comes once; mark it as seen once it was shown.
+    ///
+    /// A profile may have several streams, also in several processes. A new entry comes in each of
+    /// them.
     pub fn listen(&self) -> Listener {
         let (sender, entries) = mpsc::channel(AHEAD);
-        let reader =
-            InboxReader { messenger: self.clone(), sender, last: None, sending: JoinSet::new() };
-        let task = tokio::spawn(reader.run());
+        let task = tokio::spawn(InboxReader::start(self.clone(), sender));
         Listener { entries, failed: None, task }
     }
 }
@@ -92,6 +95,8 @@ impl Messenger {
 struct InboxReader {
     messenger: Messenger,
     sender: mpsc::Sender<Result<Entry, Error>>,
+    /// The end of the entries when the listener was created.
+    start: EntryId,
     /// The last entry that was sent to the listener.
     last: Option<EntryId>,
     /// The task that sends the outbox, if one runs. Sending is concurrent with reading, so that a
@@ -121,6 +126,16 @@ enum Waited {
 type Signals = Pin<Box<dyn Stream<Item = Signal> + Send>>;
 
 impl InboxReader {
+    async fn start(messenger: Messenger, sender: mpsc::Sender<Result<Entry, Error>>) {
+        match messenger.store().read(|state| Ok(state.log.end()?)).await {
+            Ok(start) => {
+                Self { messenger, sender, start, last: None, sending: JoinSet::new() }.run().await;
+            }
+            // A dropped listener needs no error.
+            Err(error) => drop(sender.send(Err(error)).await),
+        }
+    }
+
     async fn run(mut self) {
         let mut failures = 0;
         loop {
@@ -226,14 +241,24 @@ impl InboxReader {
     /// Sends the new entries to the listener. Returns whether the listener still exists.
     async fn send_entries(&mut self) -> Result<bool, Error> {
         loop {
-            let entries = self.messenger.unseen_after(self.last, AHEAD).await?;
-            let Some(last) = entries.last().map(|entry| entry.id) else { return Ok(true) };
+            let (start, after) = (self.start, self.last);
+            let (entries, last) = self
+                .messenger
+                .store()
+                .read(move |state| {
+                    let (entries, last) = state.log.to_show(after, start, AHEAD)?;
+                    Ok((shown(state, entries)?, last))
+                })
+                .await?;
+            if last.is_none() {
+                return Ok(true);
+            }
             for entry in entries {
                 if self.sender.send(Ok(entry)).await.is_err() {
                     return Ok(false);
                 }
             }
-            self.last = Some(last);
+            self.last = last;
         }
     }
 }

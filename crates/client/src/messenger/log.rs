@@ -158,8 +158,11 @@ pub enum Event<P = Person> {
         /// The new members.
         members: Vec<P>,
     },
-    /// Members were removed from the group.
+    /// Members left the group, or were removed from it.
     Removed {
+        /// The member that removed them; `None` if they have left, or if an earlier release noted
+        /// it. Our own account stands for a group that we have left on another device.
+        by: Option<P>,
         /// The members that were removed; we may be among them.
         members: Vec<P>,
     },
@@ -244,7 +247,10 @@ impl<P> Event<P> {
             Self::Demoted { members } => Event::Demoted { members: all(members)? },
             Self::NotChanged { reason } => Event::NotChanged { reason },
             Self::Added { members } => Event::Added { members: all(members)? },
-            Self::Removed { members } => Event::Removed { members: all(members)? },
+            Self::Removed { by, members } => {
+                let members = all(members)?;
+                Event::Removed { by: by.as_ref().map(see).transpose()?, members }
+            }
             Self::Unreadable { from, reason } => {
                 Event::Unreadable { from: from.as_ref().map(see).transpose()?, reason }
             }
@@ -348,6 +354,42 @@ impl Log {
         items.into_iter().map(|item| Ok(read(&item)?.entry)).collect()
     }
 
+    /// Returns the number that the next entry will have.
+    pub(crate) fn end(&self) -> Result<EntryId, DatabaseError> {
+        self.database.next_number(ENTRIES).map(EntryId)
+    }
+
+    /// Returns up to `limit` entries to be shown in a stream that began when [`Log::end`] was
+    /// `start`, and the last entry that was looked at; `None` at the end.
+    ///
+    /// Of the entries before `start`, those that are unseen. Of the others all that are about
+    /// others, seen or not: another stream may have shown them first.
+    pub(crate) fn to_show(
+        &self,
+        after: Option<EntryId>,
+        start: EntryId,
+        limit: usize,
+    ) -> Result<(Vec<Entry<IdentityKey>>, Option<EntryId>), DatabaseError> {
+        let mut unseen = self.unseen(after, limit)?;
+        unseen.retain(|entry| entry.id < start);
+        if let Some(last) = unseen.last().map(|entry| entry.id) {
+            return Ok((unseen, Some(last)));
+        }
+        let after = after.map(|id| id.0).max(start.0.checked_sub(1));
+        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let items = self.database.items_after(ENTRIES, after, limit)?;
+        let last = items.last().map(|item| EntryId(item.number));
+        let mut entries = Vec::with_capacity(items.len());
+        for item in items {
+            let kept = decode::<SavedEntry>(&item.value)?.restore()?;
+            // As it was added. That it was seen later is noted in the item alone.
+            if !kept.seen {
+                entries.push(kept.entry);
+            }
+        }
+        Ok((entries, last))
+    }
+
     /// How many entries of a conversation were not seen yet.
     pub(crate) fn count_unseen(&self, id: &ConversationId) -> Result<usize, DatabaseError> {
         let count = self.database.count_open(ENTRIES, &conversation_key(Some(*id)))?;
@@ -443,5 +485,39 @@ mod tests {
         assert_eq!(log.unseen(Some(EntryId(2_300)), usize::MAX).unwrap().len(), 99);
         assert_eq!(log.last_of(&one, 2).unwrap().len(), 2);
         assert_eq!(log.conversations().unwrap(), [(one, UnixMillis(1_199))]);
+    }
+
+    #[test]
+    fn a_stream_has_each_new_entry_once_also_if_another_stream_was_first() {
+        let log = Log::new(&Database::in_memory());
+        let one = ConversationId::Direct(IdentityKey::new([1; 32]));
+        let push = || log.push(Some(one), UnixMillis(0), Event::Restored).unwrap();
+        let read = |mut after, start| {
+            let mut ids = Vec::new();
+            loop {
+                let (entries, last) = log.to_show(after, start, 2).unwrap();
+                ids.extend(entries.iter().map(|entry| entry.id));
+                if last.is_none() {
+                    return (ids, after);
+                }
+                after = last;
+            }
+        };
+        let before = [push(), push(), push(), push()];
+        log.mark_seen(&before[..1]).unwrap();
+        let start = log.end().unwrap();
+        let (shown, after) = read(None, start);
+        assert_eq!(shown, before[1..]);
+        // Another stream has shown these; the first is new.
+        let new = [push(), push(), push()];
+        log.mark_seen(&before).unwrap();
+        log.mark_seen(&new[1..]).unwrap();
+        for _ in 0..5 {
+            log.push_own(one, UnixMillis(0), Event::Restored).unwrap();
+        }
+        let last = push();
+        let (shown, after) = read(after, start);
+        assert_eq!(shown, [new[0], new[1], new[2], last]);
+        assert_eq!(read(after, start).0, []);
     }
 }

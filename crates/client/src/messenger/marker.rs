@@ -50,14 +50,9 @@ pub(super) struct Marking {
 
 impl Marking {
     fn of(identity: &Identity, device: Option<DeviceId>, has_unnamed: bool) -> Self {
-        let derive = |label: &[u8]| Sha256::digest([label, &identity.seed()[..]].concat());
-        let mut key = [0; 48];
-        key[..32].copy_from_slice(&derive(b"qpq/marker-key/1"));
-        let mut channel = [0; 16];
-        channel.copy_from_slice(&derive(b"qpq/marker-channel/1")[..16]);
         Self {
-            key: VaultKey::from_bytes(&key),
-            channel: ChannelId::new(channel),
+            key: account_key(identity, b"qpq/marker-key/1"),
+            channel: account_channel(identity, b"qpq/marker-channel/1"),
             owner: identity.public(),
             device,
             has_unnamed,
@@ -81,6 +76,23 @@ impl Marking {
         };
         is_ours.then(|| u64::from_be_bytes(count.try_into().expect("eight bytes")))
     }
+}
+
+/// Derives a key that only the account's devices know.
+pub(super) fn account_key(identity: &Identity, label: &[u8]) -> VaultKey {
+    let mut key = [0; 48];
+    key[..32].copy_from_slice(&digest_of_seed(identity, label));
+    VaultKey::from_bytes(&key)
+}
+
+/// Derives a channel that only the account's devices know.
+pub(super) fn account_channel(identity: &Identity, label: &[u8]) -> ChannelId {
+    let digest = digest_of_seed(identity, label);
+    ChannelId::try_from(&digest[..16]).expect("a channel id has 16 bytes")
+}
+
+fn digest_of_seed(identity: &Identity, label: &[u8]) -> [u8; 32] {
+    Sha256::digest([label, &identity.seed()[..]].concat()).into()
 }
 
 /// A marker to be sent.

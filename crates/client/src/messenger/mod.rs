@@ -27,8 +27,10 @@ mod block;
 mod changes;
 #[cfg(test)]
 mod cost;
+mod decisions;
 mod devices;
 mod directory;
+mod enqueue;
 mod groups;
 mod inbox;
 mod leave;
@@ -42,6 +44,7 @@ mod open;
 mod outbox;
 mod people;
 mod prune;
+mod reconcile;
 mod records;
 mod repair;
 mod requests;

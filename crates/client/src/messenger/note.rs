@@ -125,7 +125,8 @@ impl State {
     ) -> Result<(), Error> {
         let Some(conversation) = self.conversation_of(group)? else { return Ok(()) };
         let is_direct = matches!(conversation, ConversationId::Direct(_));
-        for event in events(by.identity, &changes) {
+        let left = self.take_leaving(group, &changes)?;
+        for event in events(by.identity, &changes, &left) {
             // A direct conversation has the same two people from its first message on.
             if is_direct && matches!(event, Event::Added { .. } | Event::Removed { .. }) {
                 continue;
@@ -151,12 +152,17 @@ impl State {
 }
 
 /// Returns the entries for the changes of one commit. Members that are added or removed together
-/// are one entry.
-fn events(by: IdentityKey, changes: &[GroupChange]) -> Vec<Event<IdentityKey>> {
+/// are one entry, without those that have `left` before they were removed.
+fn events(
+    by: IdentityKey,
+    changes: &[GroupChange],
+    left: &[IdentityKey],
+) -> Vec<Event<IdentityKey>> {
     let (mut added, mut removed, mut promoted, mut demoted) = (vec![], vec![], vec![], vec![]);
     for change in changes {
         match change {
             GroupChange::Added(member) => added.push(member.identity),
+            GroupChange::Removed(member) if left.contains(&member.identity) => {}
             GroupChange::Removed(member) => removed.push(member.identity),
             GroupChange::Promoted(member) => promoted.push(member.identity),
             GroupChange::Demoted(member) => demoted.push(member.identity),
@@ -165,7 +171,8 @@ fn events(by: IdentityKey, changes: &[GroupChange]) -> Vec<Event<IdentityKey>> {
     }
     let lists = [
         (!added.is_empty()).then_some(Event::Added { members: added }),
-        (!removed.is_empty()).then_some(Event::Removed { members: removed }),
+        (!left.is_empty()).then(|| Event::Removed { by: None, members: left.to_vec() }),
+        (!removed.is_empty()).then_some(Event::Removed { by: Some(by), members: removed }),
         (!promoted.is_empty()).then_some(Event::Promoted { members: promoted }),
         (!demoted.is_empty()).then_some(Event::Demoted { members: demoted }),
     ];

@@ -184,12 +184,17 @@ impl From<&Kept> for SavedEntry {
 
 impl SavedEntry {
     fn set_event(&mut self, event: &Event<IdentityKey>) {
+        let removed;
         let (kind, text, people, numbers): (_, &str, &[IdentityKey], Vec<u64>) = match event {
             Event::Sent { text, delivery } => (1, text, &[], vec![delivery_code(*delivery)]),
             Event::Received { from, text, sent_at } => (2, text, &[*from], vec![sent_at.0]),
             Event::Joined { by } => (3, "", &[*by], vec![]),
             Event::Added { members } => (4, "", members, vec![]),
-            Event::Removed { members } => (5, "", members, vec![]),
+            Event::Removed { by: None, members } => (5, "", members, vec![]),
+            Event::Removed { by: Some(by), members } => {
+                removed = [&[*by][..], members].concat();
+                (29, "", &removed, vec![])
+            }
             Event::Unreadable { from, reason } => (6, reason, from.as_slice(), vec![]),
             Event::Requested { by, group: Some(name) } => (12, name, &[*by], vec![]),
             Event::Requested { by, group: None } => (13, "", &[*by], vec![]),
@@ -240,7 +245,10 @@ impl SavedEntry {
             (2, &[from], &[at]) => Event::Received { from, text, sent_at: UnixMillis(at) },
             (3, &[by], []) => Event::Joined { by },
             (4, _, []) => Event::Added { members: people },
-            (5, _, []) => Event::Removed { members: people },
+            (5, _, []) => Event::Removed { by: None, members: people },
+            (29, [by, members @ ..], []) => {
+                Event::Removed { by: Some(*by), members: members.to_vec() }
+            }
             (6, [], []) => Event::Unreadable { from: None, reason: text },
             (6, &[from], []) => Event::Unreadable { from: Some(from), reason: text },
             (12, &[by], []) => Event::Requested { by, group: Some(text) },

@@ -16,6 +16,7 @@ use qpq_mls::{
 
 use super::{
     Messenger,
+    decisions::Decision,
     inbox::unless_final,
     log::{ConversationId, EntryId, Event},
     note::{is_from, note},
@@ -97,7 +98,15 @@ impl Messenger {
     /// Accepts a request: joins its group. Its creator is no stranger from now on. Messages that
     /// waited with the request are among the unseen entries afterwards.
     pub async fn accept(&self, request: GroupId) -> Result<ConversationId, Error> {
-        let conversation = self.store().change(move |state| state.accept(&request)).await?;
+        let conversation = self
+            .store()
+            .change(move |state| {
+                let conversation = state.accept(&request)?;
+                state.share(&Decision::Accepted(request))?;
+                Ok(conversation)
+            })
+            .await?;
+        self.send_decisions().await;
         unless_final("names", self.check_names().await)?;
         Ok(conversation)
     }
@@ -108,9 +117,14 @@ impl Messenger {
         self.store()
             .change(move |state| {
                 state.end_announcement()?;
-                if state.mls.decline(&request)? { Ok(()) } else { Err(Error::NoSuchRequest) }
+                if !state.mls.decline(&request)? {
+                    return Err(Error::NoSuchRequest);
+                }
+                Ok(state.share(&Decision::Declined(request))?)
             })
-            .await
+            .await?;
+        self.send_decisions().await;
+        Ok(())
     }
 
     /// Returns what a claimed name is worth, by the directory's name for the key.
@@ -260,7 +274,8 @@ impl State {
         Ok(Requests { waiting, dropped: self.mls.dropped_requests()? })
     }
 
-    fn accept(&mut self, id: &GroupId) -> Result<ConversationId, Error> {
+    /// Joins the group of a request.
+    pub(super) fn accept(&mut self, id: &GroupId) -> Result<ConversationId, Error> {
         let request = self.mls.request(id)?.ok_or(Error::NoSuchRequest)?;
         let at = request.arrival.at;
         self.end_announcement()?;

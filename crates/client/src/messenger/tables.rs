@@ -27,5 +27,7 @@ pub(super) const ROTATIONS: Table = Table::new(48);
 pub(super) const TRIED: Table = Table::new(49);
 /// Requests of new devices to be linked: the time of arrival, and the request.
 pub(super) const LINK_REQUESTS: Table = Table::new(50);
+/// Members that have left a group and are still in it: the group, and the identity key.
+pub(super) const LEAVING: Table = Table::new(51);
 /// The number of direct MLS groups that each stranger has begun.
 pub(super) const STRANGERS: Table = Table::new(44);

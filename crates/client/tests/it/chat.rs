@@ -5,7 +5,7 @@ use qpq_client::{
     methods, v1,
 };
 
-use crate::harness::{Server, accept_and_read, dm, history, read, soon, username};
+use crate::harness::{Server, accept_and_read, dm, history, line, read, soon, username};
 
 #[tokio::test]
 async fn two_people_chat_both_ways() {
@@ -175,7 +175,7 @@ async fn a_listener_receives_new_entries_across_a_restart_of_the_server() {
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "before").await.unwrap();
     let mut listener = bob.listen();
-    let mut hear = async || crate::harness::line(&soon(listener.next()).await.unwrap().unwrap());
+    let mut hear = async || line(&soon(listener.next()).await.unwrap().unwrap());
     assert_eq!(hear().await, "alice: before");
     alice.send(with_bob, "during").await.unwrap();
     assert_eq!(hear().await, "alice: during");
@@ -197,7 +197,7 @@ async fn a_listener_outlives_a_drain() {
     server.start_again().await;
     alice.send(with_bob, "after").await.unwrap();
     let heard = soon(listener.next()).await.unwrap().unwrap();
-    assert_eq!(crate::harness::line(&heard), "alice: after");
+    assert_eq!(line(&heard), "alice: after");
 }
 
 #[tokio::test]
@@ -285,4 +285,33 @@ async fn a_full_inbox_keeps_the_order_and_gets_the_rest_later() {
     assert_eq!(read(&bob).await, ["alice: 0", "alice: 1"]);
     alice.flush().await.unwrap();
     assert_eq!(read(&bob).await, ["alice: 2", "alice: 3"]);
+}
+
+#[tokio::test]
+async fn several_streams_of_one_profile_each_have_every_message_once() {
+    let server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    let mut streams = [bob.listen(), bob.listen(), bob.listen()];
+    alice.send(with_bob, "first").await.unwrap();
+    for stream in &mut streams {
+        assert_eq!(line(&soon(stream.next()).await.unwrap().unwrap()), "alice: first");
+    }
+    let texts: Vec<_> = (0..30).map(|n| n.to_string()).collect();
+    for text in &texts {
+        alice.send(with_bob, text).await.unwrap();
+    }
+    // The first has shown everything before the others look.
+    for stream in &mut streams {
+        for text in &texts {
+            let entry = soon(stream.next()).await.unwrap().unwrap();
+            assert_eq!(line(&entry), format!("alice: {text}"));
+            bob.mark_seen(&[entry.id]).await.unwrap();
+        }
+    }
+    bob.send(dm(&bob, "alice").await, "an own message is not in the streams").await.unwrap();
+    alice.send(with_bob, "last").await.unwrap();
+    for stream in &mut streams {
+        assert_eq!(line(&soon(stream.next()).await.unwrap().unwrap()), "alice: last");
+    }
 }

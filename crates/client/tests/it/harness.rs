@@ -168,7 +168,7 @@ pub(crate) fn line(entry: &Entry) -> String {
         Event::Requested { by, group: Some(name) } => format!("{by} asks for {name}"),
         Event::Requested { by, group: None } => format!("{by} asks"),
         Event::Added { members } => format!("+{}", names(members)),
-        Event::Removed { members } => format!("-{}", names(members)),
+        Event::Removed { members, .. } => format!("-{}", names(members)),
         Event::Unreadable { from: None, reason } => format!("unreadable: {reason}"),
         Event::Unreadable { from: Some(from), reason } => format!("unreadable of {from}: {reason}"),
         Event::WentBack => "the server went back".to_owned(),

@@ -3,8 +3,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use qpq_client::{
-    AuthError, ConversationId, Error, LinkCode, LinkRequest, Linking, Messenger, Options, Password,
-    ProfileError, Role, Trust, methods, v1,
+    AuthError, ConversationId, Error, Event, LinkCode, LinkRequest, Linking, Messenger, Options,
+    Password, ProfileError, Role, Trust, methods, v1,
 };
 
 use crate::harness::{
@@ -291,11 +291,14 @@ async fn a_link_that_was_interrupted_is_repeated_and_its_device_revoked() {
     let device = lost.device();
     drop(lost);
     assert_eq!(names(&alice).await, ["first device", "laptop"]);
-    let laptop = server.linked(&alice, "laptop").await;
-    assert_eq!(names(&laptop).await, ["first device", "laptop", "laptop"]);
+    let again = server.ask("alice", "laptop").await;
+    assert_eq!(names(&alice).await, ["first device"]);
+    approve(&alice, again.code()).await.unwrap();
+    let laptop = soon(again.finish(PATIENCE)).await.unwrap();
+    assert_eq!(names(&laptop).await, ["first device", "laptop"]);
+    assert!(!server.device("alice", "laptop").join("linking").exists());
     laptop.revoke_device(device).await.unwrap();
     assert_eq!(names(&laptop).await, ["first device", "laptop"]);
-    laptop.revoke_device(device).await.unwrap();
 }
 
 #[tokio::test]
@@ -469,4 +472,93 @@ async fn a_device_that_was_killed_before_it_joined_joins_when_it_is_opened() {
     laptop.receive().await.unwrap();
     bob.send(dm(&bob, "alice").await, "are you there?").await.unwrap();
     assert_eq!(texts(&laptop).await, ["bob: are you there?"]);
+}
+
+#[tokio::test]
+async fn a_contact_of_one_device_is_no_stranger_to_the_others() {
+    let server = Server::start().await;
+    let [alice, bob, carol, dave] = [
+        server.user("alice").await,
+        server.user("bob").await,
+        server.user("carol").await,
+        server.user("dave").await,
+    ];
+    let laptop = server.linked(&alice, "laptop").await;
+    texts(&alice).await;
+    // Alice writes to bob, who then invites her.
+    alice.send(dm(&alice, "bob").await, "hello").await.unwrap();
+    read(&bob).await;
+    let work = bob.create_group("work").await.unwrap();
+    bob.add(work, &username("alice")).await.unwrap();
+    // Alice accepts a request that waits on both devices.
+    let fun = carol.create_group("fun").await.unwrap();
+    carol.add(fun, &username("alice")).await.unwrap();
+    for device in [&alice, &laptop] {
+        device.receive().await.unwrap();
+        let waiting = device.requests().await.unwrap().waiting;
+        let waiting: Vec<_> = waiting.iter().map(|request| request.group.as_deref()).collect();
+        assert_eq!(waiting, [Some("fun")]);
+    }
+    accept_and_read(&alice).await;
+    texts(&laptop).await;
+    assert!(laptop.requests().await.unwrap().waiting.is_empty());
+    // Alice declines and blocks.
+    let offers = dave.create_group("offers").await.unwrap();
+    dave.add(offers, &username("alice")).await.unwrap();
+    laptop.receive().await.unwrap();
+    let [offer] = &laptop.requests().await.unwrap().waiting[..] else { panic!("one waits") };
+    laptop.decline(offer.id).await.unwrap();
+    laptop.block(dave.profile().identity).await.unwrap();
+    laptop.mark_compared(&username("carol")).await.unwrap();
+    texts(&alice).await;
+    assert!(alice.requests().await.unwrap().waiting.is_empty());
+    assert_eq!(alice.blocked().await.unwrap()[0].identity, dave.profile().identity);
+    assert!(alice.compared_at(&carol.profile().identity).await.unwrap().is_some());
+
+    bob.send(work, "to work").await.unwrap();
+    carol.send(fun, "to have fun").await.unwrap();
+    for device in [&alice, &laptop] {
+        assert_eq!(texts(device).await, ["bob: to work", "carol: to have fun"]);
+    }
+    alice.unblock(dave.profile().identity).await.unwrap();
+    texts(&laptop).await;
+    assert!(laptop.blocked().await.unwrap().is_empty());
+}
+
+/// Returns who removed members, and which, of the entries that have come.
+async fn removals(messenger: &Messenger) -> Vec<(Option<String>, String)> {
+    let entries = messenger.receive().await.unwrap();
+    let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+    messenger.mark_seen(&ids).await.unwrap();
+    let removal = |entry: qpq_client::Entry| match entry.event {
+        Event::Removed { by, members } => {
+            Some((by.map(|by| by.to_string()), members[0].to_string()))
+        }
+        _ => None,
+    };
+    entries.into_iter().filter_map(removal).collect()
+}
+
+#[tokio::test]
+async fn members_see_who_left_and_who_was_removed_by_which_member() {
+    let server = Server::start().await;
+    let [alice, bob, carol] =
+        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let laptop = server.linked(&alice, "laptop").await;
+    let group = bob.create_group("friends").await.unwrap();
+    for name in ["alice", "carol"] {
+        bob.add(group, &username(name)).await.unwrap();
+    }
+    for user in [&alice, &laptop, &carol] {
+        accept_and_read(user).await;
+    }
+    alice.leave(group).await.unwrap();
+    let by = |by: &str, member: &str| [(Some(by.to_owned()), member.to_owned())];
+    assert_eq!(removals(&laptop).await, by("alice", "alice"), "left on another device");
+    for user in [&bob, &carol] {
+        assert_eq!(removals(user).await, [(None, "alice".to_owned())]);
+    }
+    bob.remove(group, carol.profile().identity).await.unwrap();
+    assert_eq!(removals(&carol).await, by("bob", "carol"));
+    assert!(removals(&laptop).await.is_empty());
 }

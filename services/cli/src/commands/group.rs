@@ -105,8 +105,8 @@ impl Report for Done {
         match self.event {
             "members_removed" => writeln!(out, "Removed {members} from {name}."),
             "group_renamed" => writeln!(out, "The group is now named {name}."),
-            "admin_made" => writeln!(out, "{members} is now an admin of {name}."),
-            "admin_revoked" => writeln!(out, "{members} is no longer an admin of {name}."),
+            "member_promoted" => writeln!(out, "{members} is now an admin of {name}."),
+            "member_demoted" => writeln!(out, "{members} is no longer an admin of {name}."),
             "group_rejoined" => writeln!(out, "Joined {name} again."),
             "rotation_requested" => {
                 writeln!(out, "The members of {name} were asked to renew their keys.")
@@ -170,8 +170,8 @@ async fn set_role(
     role: Role,
 ) -> Result<(), CliError> {
     let event = match role {
-        Role::Admin => "admin_made",
-        Role::Member => "admin_revoked",
+        Role::Admin => "member_promoted",
+        Role::Member => "member_demoted",
     };
     change(context, group, event, std::slice::from_ref(member), async |messenger, id| {
         let person = messenger.resolve(member).await?;

@@ -128,7 +128,7 @@ pub(crate) fn unsaved(mut error: CliError) -> CliError {
 pub(crate) fn queued(why: Option<CliError>) -> CliError {
     let (exit, why) = match why {
         Some(error) => (error.exit, error.message),
-        None => (Exit::Failure, "the server has no room for it now".to_owned()),
+        None => (Exit::Failure, "the server has not accepted it".to_owned()),
     };
     CliError::new(exit, QUEUED, format_args!("saved, but not sent yet: {why}"))
         .hint("whatever qpq command you run next sends it; do not send it again")
@@ -228,18 +228,17 @@ pub(crate) async fn recv(
         let mut reader = Reader { context, messenger, groups: GroupNames::default() };
         let there =
             context.progress.during("reading the inbox", Box::pin(messenger.receive())).await?;
-        let found = !there.is_empty();
-        reader.show(&there).await?;
-        match (follow, until) {
-            (true, until) => reader.follow(until).await,
-            (false, Some(until)) if !found => reader.wait(until).await,
-            (false, _) => {
-                if !found {
-                    context.output.note("No new messages.");
-                }
-                Ok(())
-            }
+        if follow {
+            // Begins with the same entries.
+            return reader.follow(until).await;
         }
+        reader.show(&there).await?;
+        match until {
+            Some(until) if there.is_empty() => return reader.wait(until).await,
+            None if there.is_empty() => context.output.note("No new messages."),
+            _ => {}
+        }
+        Ok(())
     })
     .await
 }

@@ -55,6 +55,9 @@ pub(crate) async fn to_send<T>(
     work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
 ) -> Result<T, CliError> {
     with_or_without_server(context, async |messenger, unreachable| {
+        if messenger.was_revoked().await? {
+            return Err(Error::DeviceRevoked.into());
+        }
         if unreachable.is_none() {
             // Dropped at any point, this loses nothing.
             let news = timeout(INBOX_TIMEOUT, Box::pin(messenger.receive()));
@@ -88,6 +91,11 @@ async fn with_or_without_server<T>(
     work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
 ) -> Result<T, CliError> {
     let mut messenger = Box::pin(context.progress.during("opening", open(context))).await?;
+    if messenger.was_revoked().await? {
+        let done = work(&messenger, Some(Error::DeviceRevoked.into())).await;
+        close(messenger).await;
+        return done;
+    }
     let mut done = context.progress.during("connecting", connect(messenger.client())).await;
     if done.is_ok() && has_ended(context, &messenger).await {
         close(messenger).await;

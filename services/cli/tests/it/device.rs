@@ -165,13 +165,25 @@ async fn a_device_that_was_killed_while_it_was_linked_is_revoked() {
     approve(&alice, &linking.code).await.json();
     assert_eq!(names(&alice).await, ["first device", "laptop"]);
     let linking = Linking::start(&machine, "alice", "laptop", 60).await;
+    assert_eq!(names(&alice).await, ["first device"]);
+    approve(&alice, &linking.code).await.json();
+    linking.end().await.json();
+    assert_eq!(names(&alice).await, ["first device", "laptop"]);
+}
+
+#[tokio::test]
+async fn of_two_devices_with_the_same_name_one_is_named_by_its_id() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let machine = linked(&world, &alice, "laptop").await;
+    let linking = Linking::start(&world.person("other"), "alice", "laptop", 60).await;
     approve(&alice, &linking.code).await.json();
     linking.end().await.json();
 
     machine.fails(&["device", "revoke", "laptop"], 1, "client.ambiguous_device").await;
     let listed = alice.json(&["device", "list"]).await;
-    let dead = listed[1]["id"].as_str().unwrap();
-    machine.json(&["device", "revoke", &dead[..8]]).await;
+    let other = listed[2]["id"].as_str().unwrap();
+    machine.json(&["device", "revoke", &other[..8]]).await;
     assert_eq!(names(&machine).await, ["first device", "laptop"]);
 }
 
@@ -197,6 +209,11 @@ async fn a_revoked_device_says_so_and_what_to_do() {
     recv.fails(1, "client.device_revoked");
     let error = laptop.fails(&["login"], 1, "client.device_revoked").await;
     assert!(error["hint"].as_str().unwrap().contains("device link"), "{error}");
+    // From now on each command says so, without asking for the password. The history stays.
+    for command in [&["recv"][..], &["send", "bob", "hi"], &["device", "list"]] {
+        laptop.fails(command, 1, "client.device_revoked").await;
+    }
+    assert_eq!(laptop.run(&["blocked"]).await.code, Some(0));
 
     bob.ok(&["recv"]).await;
     bob.ok(&["send", "alice", "to the first alone"]).await;

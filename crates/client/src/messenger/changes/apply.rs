@@ -10,11 +10,11 @@ use crate::{
     error::{CallError, Error},
     messenger::{
         directory::is_not_found,
+        enqueue::recipient_status,
         log::Event,
         note::{Shown, note},
         now,
         outbox::{RecipientStatus, fresh_message_id},
-        send::recipient_status,
         state::State,
     },
 };

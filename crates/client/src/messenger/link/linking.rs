@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 use super::{
     LINK_REQUEST_LIFETIME, LinkCode,
     grant::{self, Grant},
-    grant_channel,
+    grant_channel, interrupted,
     request::Request,
     request_channel,
 };
@@ -51,7 +51,7 @@ const PAGE: u32 = 200;
 /// Maximum number of pages of one read.
 const MAX_PAGES: usize = 1_000;
 
-/// A device that waits to be linked to an account. Nothing is saved before.
+/// A device that waits to be linked to an account. Only its id is saved before.
 #[derive(Debug)]
 pub struct Linking {
     in_use: InUse,
@@ -111,9 +111,11 @@ impl Messenger {
         let (device, device_seed) = new_device(name);
         client.set_device(Some(device.id()));
         let session = client.login(username, password).await?;
+        interrupted::revoke(&client, dir).await?;
         let identity = identity_of(&client, username).await?;
         let keys = SealingKeyPair::generate();
         let request = Request::create(&device, keys.public(), now());
+        interrupted::note(dir, &device.id())?;
         send(&client, &identity, &request).await?;
         let coded = request.clone();
         let code = blocking(move || coded.code()).await;
@@ -297,6 +299,7 @@ impl Linking {
             device: Some(request.device),
         };
         profile.write(&dir)?;
+        interrupted::forget(&dir);
         let ack = v1::AckRequest { all_channels: true, seqs, ..Default::default() };
         // If this fails, the messages up to the grant are read again, and ignored.
         if let Err(error) = client.call_on::<methods::Ack>(&connection, ack).await {

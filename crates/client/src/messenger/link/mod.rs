@@ -17,10 +17,12 @@
 //! | `grant` | the grant |
 //! | `approve` | the old device: requests that wait, approval |
 //! | `linking` | the new device |
+//! | `interrupted` | the note of a link in progress |
 
 mod approve;
 mod code;
 mod grant;
+mod interrupted;
 mod linking;
 mod request;
 
