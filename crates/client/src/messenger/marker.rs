@@ -19,15 +19,17 @@ use qpq_mls::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{log::Event, now, state::State};
+use super::{log::Event, now, state::State, tables::OUTBOX};
 use crate::error::Error;
 
 /// The number of messages that the state has encrypted.
 const GENERATION: &[u8] = b"generation";
 /// The count of the last marker that the server accepted.
 const MARKED: &[u8] = b"marked";
-/// The place in the outbox from which on items were encrypted before the inbox was looked at.
-pub(super) const UNVERIFIED: &[u8] = b"unverified";
+/// The position in the outbox from which on items were encrypted before the inbox was read.
+const UNVERIFIED: &[u8] = b"unverified";
+/// The number of messages that the state had encrypted before those items.
+const VERIFIED_GENERATION: &[u8] = b"verified-generation";
 
 /// Present in the state of a device that was linked to an account.
 pub(super) const LINKED: &[u8] = b"linked";
@@ -136,24 +138,38 @@ impl State {
         self.set_number(MARKED, Some(before.max(generation)))
     }
 
+    /// Notes that what is encrypted from now on is encrypted before the inbox was read.
+    pub(super) fn begin_unverified(&self) -> Result<(), DatabaseError> {
+        if self.number(UNVERIFIED)?.is_none() {
+            let end = self.database().next_number(OUTBOX)?;
+            self.set_number(UNVERIFIED, Some(end))?;
+            self.set_number(VERIFIED_GENERATION, Some(self.number(GENERATION)?.unwrap_or(0)))?;
+        }
+        Ok(())
+    }
+
     /// Compares the state with the newest marker in the inbox, which was read to its end. If the
     /// state is the older, makes it safe to send from.
     pub(super) fn compare_with(&mut self, marked: Option<u64>) -> Result<(), Error> {
         let generation = self.number(GENERATION)?.unwrap_or(0);
-        if let Some(marked) = marked.filter(|marked| *marked > generation) {
-            let used = marked - generation + SLACK;
-            self.mls.skip_keys(used)?;
-            self.set_number(GENERATION, Some(marked))?;
+        // Items that were encrypted since may use the same keys as the newer state.
+        let verified = self.number(VERIFIED_GENERATION)?.unwrap_or(generation);
+        // Another process of this profile may have sent markers of these items.
+        let known = verified.max(self.number(MARKED)?.unwrap_or(0));
+        if let Some(marked) = marked.filter(|marked| *marked > known) {
+            self.mls.skip_keys(marked - verified + SLACK)?;
+            self.set_number(GENERATION, Some(generation.max(marked)))?;
             self.set_number(MARKED, Some(marked))?;
             self.log.push(None, now(), Event::Restored)?;
             // The private halves of those made since the copy are lost.
             self.replace_packages()?;
             self.encrypt_again()?;
         }
+        self.set_number(VERIFIED_GENERATION, None)?;
         Ok(self.set_number(UNVERIFIED, None)?)
     }
 
-    /// Encrypts again what was encrypted before the inbox was looked at.
+    /// Encrypts again what was encrypted before the inbox was read.
     fn encrypt_again(&mut self) -> Result<(), Error> {
         let Some(from) = self.number(UNVERIFIED)? else { return Ok(()) };
         for entry in self.outbox.remove_from(from)? {

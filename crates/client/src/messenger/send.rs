@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{
     Messenger,
     log::{ConversationId, DeliveryState, EntryId, Event},
-    marker::{Marker, UNVERIFIED},
+    marker::Marker,
     now,
     outbox::{OutboxPosition, Outgoing, RecipientStatus, fresh_message_id},
     people::Person,
@@ -141,15 +141,7 @@ impl Messenger {
             }
             return Ok(());
         }
-        self.store()
-            .change(|state| {
-                if state.number(UNVERIFIED)?.is_none() {
-                    let end = state.database().next_number(super::tables::OUTBOX)?;
-                    state.set_number(UNVERIFIED, Some(end))?;
-                }
-                Ok(())
-            })
-            .await
+        self.store().change(|state| Ok(state.begin_unverified()?)).await
     }
 
     /// As [`Messenger::flush`], but nothing that was written after this message of ours.

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use qpq_client::{Event, Messenger, VaultKey, methods, v1};
+use qpq_client::{Event, Messenger, SendOutcome, VaultKey, methods, v1};
 
 use crate::harness::{Server, accept_and_read, copy_dir, dm, history, read, reopen, username};
 
@@ -110,6 +110,42 @@ async fn messages_of_a_restored_profile_are_shown() {
         assert!(answered.contains(&"bob: answer".to_owned()), "{answered:?}");
         closed(alice).await;
     }
+}
+
+/// The texts written offline use as many keys as the newer state had used, and more.
+#[tokio::test]
+async fn a_restored_profile_that_writes_offline_is_noticed_and_its_texts_are_readable() {
+    let mut server = Server::start().await;
+    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let with_bob = dm(&alice, "bob").await;
+    alice.send(with_bob, "hello").await.unwrap();
+    let dir = server.profile("alice");
+    let key = closed(alice).await;
+    let copy = dir.with_extension("night");
+    copy_dir(&dir, &copy);
+    let alice = reopen(&dir, &key).await;
+    for number in 0..3 {
+        alice.send(with_bob, &format!("day {number}")).await.unwrap();
+    }
+    closed(alice).await;
+    accept_and_read(&bob).await;
+
+    put_back(&server, "alice", &copy);
+    server.stop().await;
+    let alice = reopen(&dir, &key).await;
+    for number in 0..5 {
+        let sent = alice.send(with_bob, &format!("offline {number}")).await.unwrap();
+        assert!(matches!(sent.outcome, SendOutcome::Queued(_)), "{sent:?}");
+    }
+    server.start_again().await;
+    let entries = alice.receive().await.unwrap();
+    assert!(entries.iter().any(|entry| entry.event == Event::Restored), "{entries:?}");
+    let expected: Vec<_> = (0..5).map(|number| format!("alice: offline {number}")).collect();
+    assert_eq!(read(&bob).await, expected);
+    // The next process of the same state finds its own marker.
+    closed(alice).await;
+    let alice = reopen(&dir, &key).await;
+    assert!(!alice.receive().await.unwrap().iter().any(|entry| entry.event == Event::Restored));
 }
 
 #[tokio::test]
