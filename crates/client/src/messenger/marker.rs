@@ -6,7 +6,7 @@
 //! same call where that can be. This *marker* stays there until a newer one of the device replaces
 //! it. A state that finds a marker of a higher count than its own is an older copy. As many keys as
 //! may have been used since it was made are then skipped in every group before anything is
-//! encrypted.
+//! encrypted, and what was encrypted before the inbox could be read is encrypted again.
 //!
 //! A marker expires after 90 days, and a restored server may have lost it. Then nothing is
 //! detected here; a receiver that cannot decrypt what we send asks for it again (`repair`).
