@@ -1,5 +1,5 @@
-//! One call as bytes: the request with its session token, the answer as a message or a
-//! [`ServerError`], how long it may take, and whether it may be made twice.
+//! The encoding of one call: the request with its session token, and the answer as a message or a
+//! [`ServerError`]. Also the time limit of a call, and whether it may be repeated.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use qpq_proto::{
 
 use crate::error::{CallError, ServerError};
 
-/// How much longer than the server the client waits, so that the server's own answer to a late call
-/// arrives.
+/// The time that the client waits longer than the server, so that the server's own answer to a late
+/// call arrives.
 const GRACE: Duration = Duration::from_secs(2);
-/// The waiting time of a FetchWait that names none.
+/// The waiting time of a FetchWait that states none.
 const DEFAULT_WAIT: Duration = Duration::from_secs(30);
-/// The longest waiting time of a FetchWait.
+/// The maximum waiting time of a FetchWait.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// Room for field 15: its key, its length, the token.
+/// The size of field 15: its key, its length, the token.
 const TOKEN_ROOM: usize = 2 + SessionToken::LEN;
 
-/// The request's bytes, with the session token where the method wants a session and there is one.
+/// Encodes a request, with the session token if there is one and the method needs a session.
 pub(crate) fn encode<M: Method>(
     request: &M::Request,
     token: Option<&SessionToken>,
@@ -42,7 +42,7 @@ pub(crate) fn encode<M: Method>(
     Ok(payload.freeze())
 }
 
-/// The content of a response frame.
+/// Decodes the content of a response frame.
 pub(crate) fn decode<M: Method>(status: u8, payload: Bytes) -> Result<M::Response, CallError> {
     match Status::from(status) {
         Status::Ok => {
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_token_goes_into_field_15_of_what_needs_a_session_alone() {
+    fn only_requests_that_need_a_session_have_the_token_in_field_15() {
         let token = SessionToken::new([9; 32]);
         let request =
             v1::EnqueueRequest { payload: Bytes::from_static(b"hi"), ..Default::default() };
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_wait_takes_the_time_it_asks_for() {
+    fn only_a_wait_has_the_time_limit_that_it_requests() {
         let wait = |timeout_ms| {
             time_limit::<methods::FetchWait>(&v1::FetchWaitRequest {
                 timeout_ms,

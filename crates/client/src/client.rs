@@ -26,11 +26,12 @@ use crate::{
     secret::{ExportKey, Password},
 };
 
-/// No try is given less than this, or the last one before patience ends would be in vain.
+/// The shortest time limit of an attempt. With less, the last attempt before the end of patience
+/// could not succeed.
 const SHORTEST_TRY: Duration = Duration::from_secs(1);
 
-/// A connection to one server, kept up. Cheap to clone; all clones share the connection and the
-/// session.
+/// A client of one server, which reconnects when the connection is lost. Cheap to clone; all clones
+/// share the connection and the session.
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -49,7 +50,7 @@ struct Shared {
 pub struct Session {
     /// The token of the session.
     pub token: SessionToken,
-    /// When the session ends unless it is used; `None` if the server does not say.
+    /// The end of the session unless it is used; `None` if the server does not state it.
     pub expires_at: Option<UnixMillis>,
     /// The key that OPAQUE derives at each login, for the encryption of the profile.
     pub export_key: ExportKey,
@@ -64,8 +65,10 @@ pub struct Registered {
     pub export_key: ExportKey,
 }
 
-/// A registration of which nothing is on the server yet: what is derived from `export_key` can be
-/// saved before [`Client::finish_registration`] makes it final.
+/// A registration that has not reached the server.
+///
+/// The caller can save data under a key derived from `export_key` before
+/// [`Client::finish_registration`] creates the account.
 #[derive(Debug)]
 pub struct PendingRegistration {
     username: Username,
@@ -76,7 +79,7 @@ pub struct PendingRegistration {
     pub(crate) password: Password,
 }
 
-/// Which sessions a logout ends.
+/// The sessions that a logout ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogoutScope {
     /// The session that the client uses.
@@ -86,7 +89,7 @@ pub enum LogoutScope {
 }
 
 impl Client {
-    /// A client that connects when it is first used.
+    /// Creates a client, which connects when it is first used.
     ///
     /// # Errors
     /// [`ConnectError::Misconfigured`]: the address or the trust material cannot be used.
@@ -107,7 +110,7 @@ impl Client {
         &self.shared.options
     }
 
-    /// Connects, unless there is a connection, and answers the server's fingerprint. Other calls
+    /// Connects unless there is a connection, and returns the server's fingerprint. Other calls
     /// connect by themselves.
     pub async fn connect(&self) -> Result<Fingerprint, CallError> {
         let live = self.shared.link.live(self.patience()).await?;
@@ -119,17 +122,17 @@ impl Client {
         self.shared.link.events()
     }
 
-    /// Tells the server goodbye. The client can be used again.
+    /// Closes the connection. The client can be used again.
     pub async fn close(&self) {
         self.shared.link.close().await;
     }
 
-    /// The session that calls use, if any.
+    /// Returns the session that calls use, if any.
     pub fn session(&self) -> Option<SessionToken> {
         self.shared.token.read().clone()
     }
 
-    /// Uses this session from now on.
+    /// Sets the session that calls use from now on.
     pub fn set_session(&self, token: Option<SessionToken>) {
         *self.shared.token.write() = token;
     }
@@ -185,8 +188,8 @@ impl Client {
         self.exchange::<M>(live, payload, self.try_limit::<M>(&request)).await
     }
 
-    /// Registers an account. The password never leaves this machine; `identity` signs to prove that
-    /// it is ours.
+    /// Registers an account. The password never leaves this machine. A signature of `identity`
+    /// proves that the key is ours.
     pub async fn register(
         &self,
         username: &Username,
@@ -199,7 +202,7 @@ impl Client {
         Ok(Registered { export_key: pending.export_key })
     }
 
-    /// Does everything of a registration that leaves no trace on the server.
+    /// Prepares a registration, without a change on the server.
     pub async fn begin_registration(
         &self,
         username: &Username,
@@ -267,7 +270,8 @@ impl Client {
     ) -> Result<Session, AuthError> {
         let until = self.patience();
         let mut failures = 0;
-        // Both calls belong to one connection: when that is lost between them, both are made again.
+        // Both calls belong to one connection. If the connection is lost between them, both are
+        // repeated.
         let session = loop {
             let live = self.shared.link.live(until).await?;
             let error = match self.log_in_on(&live, username, password).await {
@@ -284,8 +288,8 @@ impl Client {
         Ok(session)
     }
 
-    /// Ends the session, or every session of the account; answers how many ended. The client has
-    /// none from then on.
+    /// Ends the session, or every session of the account; returns the number of ended sessions.
+    /// Afterwards the client has no session.
     pub async fn logout(&self, scope: LogoutScope) -> Result<u32, CallError> {
         let request = v1::LogoutRequest {
             all_sessions: scope == LogoutScope::EverySession,
@@ -305,18 +309,20 @@ impl Client {
         self.exchange::<methods::Logout>(&live, payload, limit).await.map(drop)
     }
 
-    /// Moves to a new connection, if one can be had; calls under way end on the old one.
+    /// Replaces the connection by a new one, if possible. Calls in progress end on the old one.
     pub(crate) async fn renew(&self) -> Renewed {
         self.shared.link.renew().await
     }
 
-    /// Asks the server how it is. Needs no session.
+    /// Returns the health of the server. Needs no session.
     pub async fn health(&self) -> Result<v1::HealthResponse, CallError> {
         self.call::<methods::Health>(v1::HealthRequest {}).await
     }
 
-    /// Asks for the server's events and gives them as they come, until the connection is lost. They
-    /// are hints: one may come without cause or not at all. `None`: the server has no such method.
+    /// Subscribes to the server's events, until the connection is lost. Returns `None` if the
+    /// server does not have the method.
+    ///
+    /// Events are hints: one may arrive without a cause, or be lost.
     pub async fn subscribe(
         &self,
     ) -> Result<Option<impl Stream<Item = Event> + Send + Unpin + use<>>, CallError> {
@@ -346,10 +352,11 @@ impl Client {
         Instant::now() + self.shared.options.patience
     }
 
-    /// Waits before another try; answers whether there is time for one.
+    /// Waits before another attempt; returns whether there is time for one.
     async fn pause(&self, error: &CallError, failures: u32, until: Instant) -> bool {
         let asked = error.server().and_then(|error| error.retry_after);
-        // A lost connection is not waited for here: the link does that.
+        // There is no own pause after the first lost connection: the link waits before it
+        // reconnects.
         let own = match error {
             CallError::Lost { .. } if failures == 1 => Duration::ZERO,
             _ => self.shared.options.backoff.delay(failures, OsRng.next_u64()),
@@ -366,7 +373,7 @@ impl Client {
 impl Client {
     /// Calls a method once, on one connection.
     ///
-    /// A connection that does not answer is not used again: the connection may be dead unnoticed.
+    /// A connection that does not answer is not used again, since it may be lost without a notice.
     async fn exchange<M: Method>(
         &self,
         live: &Arc<Live>,
@@ -385,8 +392,8 @@ impl Client {
         }
     }
 
-    /// How long one try may take: for ordinary calls so long that patience is enough for a second
-    /// one.
+    /// Returns the time limit of one attempt. That of an ordinary call leaves time for a second
+    /// attempt within the client's patience.
     fn try_limit<M: Method>(&self, request: &M::Request) -> Duration {
         let limit = call::time_limit::<M>(request);
         match M::INFO.deadline {
@@ -453,7 +460,7 @@ impl fmt::Debug for Client {
 
 fn may_retry(error: &CallError, repeat: Repeat) -> bool {
     match (error, repeat) {
-        // These two say that nothing was done.
+        // These two statuses mean that the call had no effect.
         (CallError::Server(error), Repeat::Unsafe) => {
             matches!(error.status, Status::RateLimited | Status::Unavailable)
         }
@@ -466,7 +473,8 @@ fn malformed<M: Method>() -> AuthError {
     CallError::Malformed { method: M::INFO.name }.into()
 }
 
-/// Runs what keeps a core busy for tens of milliseconds where it blocks nothing else.
+/// Runs work that occupies a core for tens of milliseconds on a thread where it blocks no other
+/// task.
 pub(crate) async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> R {
     match spawn_blocking(work).await.map_err(JoinError::try_into_panic) {
         Ok(result) => result,

@@ -1,6 +1,6 @@
-//! From a server's name to a connection: looks the name up, and tries its addresses one after the
-//! other, each a little later than the one before, without waiting for that to fail (as RFC 8305
-//! has it).
+//! Connects to a server by its name: looks the name up, and tries its addresses one after the
+//! other. Each attempt begins a little later than the one before, without waiting for that to fail
+//! (RFC 8305).
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -13,9 +13,9 @@ use crate::{
     options::{Options, Trust, split_address},
 };
 
-/// The time after which the next address is tried as well.
+/// The time after which the next address is also tried.
 const HEAD_START: Duration = Duration::from_millis(250);
-/// More addresses than this are not tried.
+/// The maximum number of addresses that are tried.
 const MOST: usize = 8;
 
 /// A server by its name.
@@ -25,11 +25,12 @@ pub(crate) struct Target {
     port: u16,
 }
 
-/// Why there is no connection.
+/// The reason why there is no connection.
 #[derive(Debug)]
 pub(crate) enum Failed {
-    /// And never will be.
+    /// Further attempts would fail, too.
     ForGood(ConnectError),
+    /// A later attempt may succeed.
     ForNow(NoConnection),
 }
 
@@ -45,12 +46,13 @@ impl Target {
         Ok(Self { host: host.to_owned(), port })
     }
 
-    /// The name that the server's certificate has to be for: the host without a zone id.
+    /// Returns the name for which the server's certificate must be issued: the host without a zone
+    /// id.
     fn name(&self) -> &str {
         self.host.split('%').next().unwrap_or(&self.host)
     }
 
-    /// A connection from a new UDP port, to whichever address answers first.
+    /// Connects from a new UDP port, to the address that answers first.
     pub(crate) async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
         let found = lookup_host((self.host.as_str(), self.port)).await.map_err(|error| {
             Failed::ForNow(format!("cannot look up {}: {error}", self.host).into())
@@ -76,7 +78,8 @@ impl Target {
     }
 }
 
-/// On this machine a server listens on one address or the other, and no network is to be spared.
+/// Returns the time between attempts. Addresses of this machine are tried together: the server may
+/// listen on any of them, and the attempts load no network.
 fn head_start(addresses: &[SocketAddr]) -> Duration {
     let is_here = addresses.iter().all(|address| address.ip().is_loopback());
     if is_here { Duration::ZERO } else { HEAD_START }

@@ -1,4 +1,4 @@
-//! The errors of the SDK, by what the caller can do about each.
+//! The errors of this crate, grouped by the reaction of the caller.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -6,17 +6,17 @@ use qpq_domain::{IdentityKey, Username};
 use qpq_proto::{Status, v1::ErrorDetail};
 use qpq_transport::Fingerprint;
 
-/// Why a call gave no answer.
+/// The error of a call.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CallError {
     /// The server refused the call.
     #[error(transparent)]
     Server(#[from] ServerError),
-    /// The other side is not the server we trust, or not one that we can talk to. Trying again
-    /// would not help.
+    /// The other side is not the server that we trust, or does not speak our protocol. A further
+    /// attempt would not help.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// No connection for as long as [`Options::patience`](crate::Options::patience) allows.
+    /// There was no connection within [`Options::patience`](crate::Options::patience).
     #[error("no connection to {server} for {} s: {reason}", waited.as_secs())]
     Unreachable {
         /// The server's address.
@@ -26,7 +26,7 @@ pub enum CallError {
         /// The result of the last attempt.
         reason: NoConnection,
     },
-    /// Connected, but no answer in time.
+    /// There is a connection, but the answer did not arrive in time.
     #[error("{method} was not answered in time")]
     TimedOut {
         /// The method that was called.
@@ -41,27 +41,27 @@ pub enum CallError {
     /// The request is larger than a frame may be. Nothing was sent.
     #[error("the request has {size} bytes, at most {max} fit")]
     TooLarge {
-        /// The bytes of the request.
+        /// The size of the request, in bytes.
         size: usize,
-        /// The most that a frame holds.
+        /// The maximum size, in bytes.
         max: usize,
     },
-    /// The server's answer is not what the protocol says.
+    /// The server's answer violates the protocol.
     #[error("the server's answer to {method} is malformed")]
     Malformed {
         /// The method that was called.
         method: &'static str,
     },
-    /// The server gave a message a number that no inbox can have reached. Nothing was changed.
+    /// The server assigned a message a seq that no inbox can have reached. Nothing was changed.
     #[error("the server numbered a message {seq}, which no inbox can have reached")]
     ImpossibleSeq {
-        /// The number.
+        /// The seq.
         seq: u64,
     },
 }
 
 impl CallError {
-    /// The server's refusal, if this is one.
+    /// Returns the server's refusal, if this is one.
     pub fn server(&self) -> Option<&ServerError> {
         match self {
             Self::Server(error) => Some(error),
@@ -69,17 +69,17 @@ impl CallError {
         }
     }
 
-    /// Whether the server refused with this code, e.g. `delivery.no_such_recipient`.
+    /// Returns whether the server refused with this code, e.g. `delivery.no_such_recipient`.
     pub fn is_code(&self, code: &str) -> bool {
         self.server().is_some_and(|error| error.code == code)
     }
 
-    /// Whether there is no session, or it has ended: log in.
+    /// Returns whether there is no session, or it has ended, so that a login is necessary.
     pub fn is_unauthorized(&self) -> bool {
         self.server().is_some_and(|error| error.status == Status::Unauthorized)
     }
 
-    /// Whether the same call may succeed later, without anyone changing anything.
+    /// Returns whether the same call may succeed later without further action.
     pub fn is_temporary(&self) -> bool {
         match self {
             Self::Server(error) => error.status.is_retryable(),
@@ -92,10 +92,11 @@ impl CallError {
     }
 }
 
-/// Why there is no connection for now.
+/// The reason why there is no connection at present.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoConnection {
-    /// The server refuses new connections: it has as many as it may have, or it is stopping.
+    /// The server refuses new connections: their number has reached the maximum, or the server is
+    /// stopping.
     #[error("The server is full and refuses new connections, or it is stopping")]
     Full,
     /// Another problem, as a sentence.
@@ -114,11 +115,11 @@ impl From<String> for NoConnection {
 pub struct ServerError {
     /// The kind of refusal.
     pub status: Status,
-    /// Stable, dotted by area: what programs switch on. Empty when the server gave none.
+    /// The stable code for programs, dotted by area. Empty if the server sent none.
     pub code: String,
     /// An English sentence from the server. Show it as the server's words.
     pub message: String,
-    /// How long to wait before another try, where the server said so.
+    /// The time to wait before another attempt, if the server stated one.
     pub retry_after: Option<Duration>,
     /// The request's field that was refused, by its name in the protocol.
     pub field: Option<String>,
@@ -151,7 +152,7 @@ impl fmt::Display for ServerError {
 
 impl std::error::Error for ServerError {}
 
-/// Why there can be no connection, however often it is tried.
+/// The reason why there can be no connection, even after further attempts.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectError {
     /// The server has another certificate than the one that was pinned.
@@ -168,13 +169,13 @@ pub enum ConnectError {
     /// The server's certificate is not for its name, or not issued by anyone we trust.
     #[error("the server's certificate is not trusted: {reason}")]
     Untrusted {
-        /// The reason that the TLS library gives.
+        /// The reason, by the TLS library.
         reason: String,
     },
     /// The other side does not speak our protocol.
     #[error("the other side does not speak qpq: {reason}")]
     NotQpq {
-        /// The reason that the QUIC library gives.
+        /// The reason, by the QUIC library.
         reason: String,
     },
     /// The given address or trust material cannot be used.
@@ -185,10 +186,11 @@ pub enum ConnectError {
     },
 }
 
-/// Why a registration or a login failed.
+/// The error of a registration or a login.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AuthError {
-    /// Login: the password is wrong or the user does not exist; the protocol does not tell which.
+    /// Login: the password is wrong or the account does not exist. The protocol does not
+    /// distinguish the two.
     #[error("wrong username or password")]
     WrongPassword,
     /// Registration: another account has the name.
@@ -200,7 +202,7 @@ pub enum AuthError {
     /// Login: an administrator has banned the account.
     #[error("the account is banned")]
     Banned,
-    /// Registration: RFC 8265 allows no such password.
+    /// Registration: RFC 8265 does not allow the password.
     #[error("a password is not empty and has no control characters, such as tabs")]
     PasswordRefused,
     /// The call failed.
@@ -209,7 +211,7 @@ pub enum AuthError {
 }
 
 impl AuthError {
-    /// Gives the refusals of methods 100 to 103 their names.
+    /// Maps the refusals of methods 100 to 103 to variants.
     pub(crate) fn from_call(error: CallError) -> Self {
         match error.server().map(|server| server.code.as_str()) {
             Some("auth.failed") => Self::WrongPassword,
@@ -221,7 +223,7 @@ impl AuthError {
     }
 }
 
-/// Why the messenger could not do something.
+/// The error of an operation of the messenger.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A registration or a login failed.
@@ -233,14 +235,14 @@ pub enum Error {
     /// The profile on disk cannot be used.
     #[error(transparent)]
     Profile(#[from] ProfileError),
-    /// The server knows nobody of this name.
+    /// The server has no account of this name.
     #[error("there is no user {0}")]
     NoSuchUser(Username),
     /// The user has published no keys to start a conversation with.
     #[error("{0} cannot be reached yet: no keys published; they have to log in once")]
     NoKeys(Username),
-    /// The directory gives another key for a name than before. Compare safety numbers before going
-    /// on.
+    /// The directory has another key for a name than before. Compare safety numbers before you
+    /// continue.
     #[error(
         "the identity key of {username} has changed; compare safety numbers before you write to them"
     )]
@@ -249,7 +251,7 @@ pub enum Error {
         username: Username,
         /// The key that the name was confirmed for before.
         known: IdentityKey,
-        /// The key that the directory gives now.
+        /// The key that the directory has now.
         now: IdentityKey,
     },
     /// Messages of this user are refused, so an answer would not be read.
@@ -261,17 +263,18 @@ pub enum Error {
     /// Other members changed the group each time that we tried to.
     #[error("others are changing the group all the time; try again later")]
     GroupBusy,
-    /// The server has nothing to join the group by: no change of it was made since its members use
+    /// The server has no GroupInfo of the group: the group has not changed since its members use
     /// this release, or it is too large.
     #[error("the group cannot be joined without an invitation: ask an admin to add you again")]
     NoGroupInfo,
     /// The account has no device of this id.
     #[error("there is no such device")]
     NoSuchDevice,
-    /// A device is revoked from another one.
+    /// The device in use can only be revoked from another one.
     #[error("this is the device in use; revoke it from another one, or log out")]
     ThisDevice,
-    /// This profile is no device: the server does not know devices yet, or did not accept it.
+    /// This profile is no device: the server does not support devices yet, or did not accept this
+    /// one.
     #[error(
         "this profile is not a device of the account yet; the server may be of an older release"
     )]
@@ -279,16 +282,16 @@ pub enum Error {
     /// This device was revoked, or the account has devices and this profile is none of them.
     #[error("this device was revoked; link it again with `qpq device link`")]
     DeviceRevoked,
-    /// The account has as many devices as it may have.
+    /// The account has the maximum number of devices.
     #[error("the account has {max} devices, the most that it may have; revoke one first")]
     TooManyDevices {
-        /// The most devices of an account.
+        /// The maximum number of devices of an account.
         max: usize,
     },
     /// No device of the account approved the request in time.
     #[error("no device of the account has approved this one in time")]
     LinkNotApproved,
-    /// The answer to a request to be linked came, and is not from a device of the account.
+    /// The answer to a link request is not from a device of the account.
     #[error(
         "the answer that came is not from a device of yours: the server, or another user of it, \
          may have forged it"
@@ -303,7 +306,7 @@ pub enum Error {
     /// The name of a device is empty, too long, or has control characters.
     #[error("a device's name has 1 to {max} bytes and no control characters")]
     DeviceName {
-        /// The most bytes that a name has.
+        /// The maximum length of a name, in bytes.
         max: usize,
     },
     /// The profile has no such conversation.
@@ -315,31 +318,31 @@ pub enum Error {
     /// The text is longer than a message may be.
     #[error("a message has at most {max} bytes, this one has {size}")]
     TextTooLong {
-        /// The bytes of the text.
+        /// The length of the text, in bytes.
         size: usize,
-        /// The most that a message has.
+        /// The maximum length of a message, in bytes.
         max: usize,
     },
     /// The name of a group is empty or too long.
     #[error("a group's name has 1 to {max} bytes, this one has {size}")]
     GroupName {
-        /// The bytes of the name.
+        /// The length of the name, in bytes.
         size: usize,
-        /// The most that a name has.
+        /// The maximum length of a name, in bytes.
         max: usize,
     },
     /// MLS does not allow the operation (only a group's admins change its members), or a
     /// KeyPackage cannot be used.
     #[error(transparent)]
     Mls(#[from] qpq_mls::Error),
-    /// The profile's state could not be used. The messenger reports this as the
-    /// [`Error::Profile`] that says where.
+    /// The profile's state could not be used. The messenger reports this as [`Error::Profile`],
+    /// with the path.
     #[error(transparent)]
     State(#[from] qpq_mls::database::DatabaseError),
 }
 
 impl Error {
-    /// The failed call, if it was one.
+    /// Returns the failed call, if there is one.
     pub fn call(&self) -> Option<&CallError> {
         match self {
             Self::Call(error) | Self::Auth(AuthError::Call(error)) => Some(error),
@@ -347,13 +350,14 @@ impl Error {
         }
     }
 
-    /// Whether the session has ended: unlock the profile with its password again.
+    /// Returns whether the session has ended, so that the profile must be unlocked with its
+    /// password.
     pub fn is_unauthorized(&self) -> bool {
         self.call().is_some_and(CallError::is_unauthorized)
     }
 }
 
-/// Why a profile on disk could not be used.
+/// The error of a profile on disk.
 #[derive(Debug, thiserror::Error)]
 pub enum ProfileError {
     /// The directory has no profile.
@@ -362,8 +366,8 @@ pub enum ProfileError {
     /// The directory has a profile already.
     #[error("there is a profile in {} already", .0.display())]
     Exists(PathBuf),
-    /// Another process has it for itself: it registers, imports an earlier release's state, or is
-    /// of an earlier release. Or it has been writing for very long.
+    /// Another process has exclusive use of the profile: it registers, imports an earlier release's
+    /// state, or is of an earlier release. Or another process has been writing for very long.
     #[error("the profile {} is in use by another qpq; close that one first", .0.display())]
     InUse(PathBuf),
     /// A registration was interrupted: register again with the same password.
@@ -372,7 +376,7 @@ pub enum ProfileError {
     /// The key does not open the encrypted state.
     #[error("the password or key does not open the profile")]
     WrongKey,
-    /// A file cannot be read as what it is.
+    /// The content of a file is not valid.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
         /// The file.

@@ -1,6 +1,6 @@
-//! The client's side of quicproquo, for programs: [`Client`] makes typed calls over a connection
-//! that it keeps up, [`Messenger`] is a whole encrypted messenger on top of it, with its state on
-//! disk.
+//! The client library of quicproquo. [`Client`] makes typed calls, and reconnects when the
+//! connection is lost. [`Messenger`] is a complete encrypted messenger on top of it, with its state
+//! on disk.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), qpq_client::Error> {
@@ -18,10 +18,10 @@
 //!
 //! # Crashes, lost connections and restored copies
 //!
-//! Everything that is received or sent is on disk, encrypted, before it is acknowledged to the
-//! server or leaves the machine. A crash or a dropped future at any point loses nothing and shows
-//! nothing twice; a message that could not be sent yet is sent, under the same id, by whatever runs
-//! next ([`Messenger::flush`], [`Messenger::receive`], [`Messenger::listen`]).
+//! Received and sent messages are on disk, encrypted, before they are acknowledged to the server or
+//! leave the machine. A crash or a dropped future at any point loses nothing and shows nothing
+//! twice. A message that could not be sent yet is sent under the same id by the next
+//! [`Messenger::flush`], [`Messenger::receive`] or [`Messenger::listen`].
 
 #![warn(missing_docs)]
 

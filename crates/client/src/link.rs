@@ -1,9 +1,10 @@
-//! The one connection that a client has at a time: made when it is first needed, made again when it
-//! is lost.
+//! The single connection of a client, which is created when it is first needed, and replaced when
+//! it is lost.
 //!
-//! A new connection comes from a new UDP port (the transport sees to that), so that a load balancer
-//! can send it elsewhere. After a loss the first attempt is immediate; each failure in a row makes
-//! the next wait longer. A connection that was lost before its first answer counts as a failure.
+//! A new connection uses a new UDP port (the transport chooses it), so that a load balancer can
+//! route it to another server. After a loss the first attempt is immediate; each consecutive
+//! failure makes the next wait longer. A connection that was lost before its first answer counts as
+//! a failure.
 
 use std::{
     sync::{
@@ -34,16 +35,16 @@ use crate::{
 /// The state of the connection, to be shown to a person.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ConnectionEvent {
-    /// Not needed yet.
+    /// There is no connection, and none is needed.
     Idle,
     /// Connected to the server.
     Connected {
         /// The fingerprint of the server's key.
         fingerprint: Fingerprint,
     },
-    /// Lost, or never had; the next call tries again, or one is trying now.
+    /// There is no connection. The next call connects, or one is connecting now.
     Reconnecting {
-        /// The time since when there is no connection.
+        /// The time since which there is no connection.
         since: Instant,
         /// The result of the last attempt.
         reason: NoConnection,
@@ -58,16 +59,16 @@ pub(crate) struct Link {
     pin_first: bool,
     slot: Mutex<Slot>,
     events: watch::Sender<ConnectionEvent>,
-    /// How many connections there were: only the loss of the last one is reported.
+    /// The number of connections so far. Only the loss of the last one is reported.
     made: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
 struct Slot {
     live: Option<Arc<Live>>,
-    /// The dialer pinned to the first connection's certificate, where trust is on first use.
+    /// The dialer pinned to the first connection's certificate, if trust is on first use.
     pinned: Option<Dialer>,
-    /// Connections in a row that were lost before they answered anything.
+    /// The number of consecutive connections that were lost before their first answer.
     barren: u32,
 }
 
@@ -77,7 +78,7 @@ pub(crate) struct Live {
     answered: AtomicBool,
     events_taken: AtomicBool,
     next_request: AtomicU32,
-    /// Dropped with it: ends the task that watches the connection, and with it the connection.
+    /// When dropped, ends the task that watches the connection, and thereby the connection.
     _watched: oneshot::Sender<()>,
 }
 
@@ -88,7 +89,7 @@ pub(crate) enum Renewed {
     No,
 }
 
-/// Why an exchange gave no answer.
+/// The reason why an exchange has no answer.
 #[derive(Debug, Clone)]
 pub(crate) enum Failure {
     TimedOut,
@@ -124,7 +125,8 @@ impl Live {
         &self.connection
     }
 
-    /// How many connections in a row were of no use, this one among them if it was not.
+    /// Returns the number of consecutive connections without an answer, up to this one: 0 if this
+    /// one had an answer. `before` counts those before it.
     fn barren_after(&self, before: u32) -> u32 {
         if self.answered.load(Ordering::Relaxed) { 0 } else { before + 1 }
     }
@@ -151,7 +153,7 @@ impl Link {
         self.events.subscribe()
     }
 
-    /// The connection, made if there is none. Fails at `until` at the latest.
+    /// Returns the connection. Connects if there is none. Fails at `until` at the latest.
     pub(crate) async fn live(&self, until: Instant) -> Result<Arc<Live>, CallError> {
         let asked = Instant::now();
         let mut reason = NoConnection::Other("the connection is still being made".into());
@@ -200,7 +202,7 @@ impl Link {
         }
     }
 
-    /// A connection whose events nobody has taken yet; the caller has them from now on.
+    /// Returns a connection whose events have no receiver yet. The caller becomes the receiver.
     pub(crate) async fn with_events(&self, until: Instant) -> Result<Arc<Live>, CallError> {
         loop {
             let live = self.live(until).await?;
@@ -211,7 +213,7 @@ impl Link {
         }
     }
 
-    /// Uses this connection for no further call; those on it may end.
+    /// Excludes a connection from further calls. Those in progress may end on it.
     pub(crate) async fn retire(&self, live: &Arc<Live>) {
         let mut slot = self.slot.lock().await;
         if slot.live.as_ref().is_some_and(|current| Arc::ptr_eq(current, live)) {
@@ -220,8 +222,8 @@ impl Link {
         }
     }
 
-    /// Puts a new connection in the place of one that the server is about to end. Without one, that
-    /// one serves to its end.
+    /// Replaces a connection that the server is about to end. If no new one can be created, the old
+    /// one stays in use until it ends.
     pub(crate) async fn renew(&self) -> Renewed {
         let dialer = self.slot.lock().await.pinned.clone().unwrap_or_else(|| self.dialer.clone());
         match Box::pin(self.target.dial(&dialer)).await {
@@ -233,11 +235,12 @@ impl Link {
         }
     }
 
-    /// Drops the connection, if there is one, and waits a little for the server to receive that.
+    /// Closes the connection, if there is one, and waits briefly until the server has received
+    /// that.
     pub(crate) async fn close(&self) {
         let live = self.slot.lock().await.live.take();
         if let Some(live) = live {
-            // A server that does not answer ends the connection by itself when that is idle.
+            // A server that does not answer ends the idle connection by itself.
             let _ = timeout(CLOSE_TIMEOUT, live.connection.close()).await;
         }
         self.events.send_replace(ConnectionEvent::Idle);
@@ -270,7 +273,7 @@ impl Link {
         })
     }
 
-    /// Says why there is no connection; since when is only said once.
+    /// Reports the reason why there is no connection. The first report sets the time of the loss.
     fn report_loss(&self, reason: NoConnection) {
         self.events.send_modify(|event| {
             let since = match event {
@@ -283,8 +286,8 @@ impl Link {
 }
 
 impl Slot {
-    /// The connection if it is alive; if it is not, it is dropped and remembered by whether it was
-    /// of any use.
+    /// Returns the connection if it is alive. A lost connection is dropped, and counted as barren
+    /// if it had no answer.
     fn alive(&mut self) -> Option<Arc<Live>> {
         let live = self.live.as_ref()?;
         if live.connection.lost().is_none() {

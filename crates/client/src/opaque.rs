@@ -1,9 +1,9 @@
-//! The client's side of OPAQUE-3DH (RFC 9807), without network: what to send, and what comes of the
-//! answers.
+//! The client's side of OPAQUE-3DH (RFC 9807), without network: the messages to send, and the
+//! processing of the answers.
 //!
 //! Suite: ristretto255 and SHA-512, no context, no explicit identities; Argon2id with 19 MiB, 2
-//! passes and 1 lane stretches the password. The stretching costs tens of milliseconds and memory,
-//! so the finishing steps are blocking: call them on a thread made for that.
+//! passes and 1 lane stretches the password. The stretching takes tens of milliseconds and memory,
+//! so the finishing steps are blocking: call them on a thread for blocking work.
 
 use opaque_ke::{
     CipherSuite, ClientLogin, ClientLoginFinishParameters, ClientRegistration,
@@ -24,15 +24,15 @@ impl CipherSuite for Suite {
     type Ksf = argon2::Argon2<'static>;
 }
 
-/// Lengths of the server's messages; the library would let trailing bytes through.
+/// Lengths of the server's messages, in bytes. The library would accept trailing bytes.
 const REGISTRATION_RESPONSE: usize = 64;
 const LOGIN_RESPONSE: usize = 320;
 
-/// Why an answer could not be used.
+/// The error of processing an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum OpaqueError {
-    /// The password is not the account's, or the account does not exist: nobody can tell the two
-    /// apart.
+    /// The password is not the account's, or the account does not exist. The protocol does not
+    /// distinguish the two.
     #[error("wrong username or password")]
     WrongPassword,
     #[error("the server's answer is no OPAQUE message")]
@@ -52,14 +52,15 @@ impl From<ProtocolError> for OpaqueError {
 pub(crate) struct Registration(ClientRegistration<Suite>);
 
 impl Registration {
-    /// The state to keep and the request (32 bytes) to send.
+    /// Returns the state to keep and the request (32 bytes) to send.
     pub(crate) fn start(password: &Password) -> (Self, Vec<u8>) {
         let started = ClientRegistration::<Suite>::start(&mut OsRng, password.expose())
             .expect("hashing a password to the group fails with negligible probability");
         (Self(started.state), started.message.serialize().to_vec())
     }
 
-    /// The record to upload (192 bytes) and the key that only this password gives. Blocking.
+    /// Returns the record to upload (192 bytes) and the key that only this password yields.
+    /// Blocking.
     pub(crate) fn finish(
         self,
         password: &Password,
@@ -83,14 +84,15 @@ impl Registration {
 pub(crate) struct Login(ClientLogin<Suite>);
 
 impl Login {
-    /// The state to keep and the request (96 bytes) to send.
+    /// Returns the state to keep and the request (96 bytes) to send.
     pub(crate) fn start(password: &Password) -> (Self, Vec<u8>) {
         let started = ClientLogin::<Suite>::start(&mut OsRng, password.expose())
             .expect("hashing a password to the group fails with negligible probability");
         (Self(started.state), started.message.serialize().to_vec())
     }
 
-    /// The finalization to send (64 bytes) and the key that only this password gives. Blocking.
+    /// Returns the finalization to send (64 bytes) and the key that only this password yields.
+    /// Blocking.
     pub(crate) fn finish(
         self,
         password: &Password,

@@ -6,21 +6,21 @@ use qpq_domain::Backoff;
 use qpq_transport::Fingerprint;
 use serde::{Deserialize, Serialize};
 
-/// The port of a server whose address names none.
+/// The port of a server whose address has none.
 pub const DEFAULT_PORT: u16 = 5001;
 
-/// By what we know the server.
+/// The proof of identity that a server must have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trust {
-    /// Whatever certificate it shows at the first connection; every later one must show the same.
-    /// The caller stores what [`Client::connect`](crate::Client::connect) answers and gives it as
-    /// [`Trust::Pinned`] from then on.
+    /// Any certificate at the first connection; every later one must have the same. The caller
+    /// saves the fingerprint that [`Client::connect`](crate::Client::connect) returns, and passes
+    /// it as [`Trust::Pinned`] from then on.
     FirstUse,
-    /// The key with this fingerprint. One of the whole certificate, as earlier releases pinned, is
-    /// accepted too, until the certificate is renewed.
+    /// The key with this fingerprint. A fingerprint of the whole certificate, which earlier
+    /// releases pinned, is also accepted until the certificate is renewed.
     Pinned(#[serde(with = "fingerprint_text")] Fingerprint),
-    /// Either of two keys: while the operator replaces one by the other.
+    /// Either of two keys, for the time in which the operator replaces one by the other.
     PinnedEither(#[serde(with = "fingerprints_text")] [Fingerprint; 2]),
     /// A certificate for the server's name, issued by an authority in this file (PEM or DER).
     Authority(PathBuf),
@@ -29,9 +29,9 @@ pub enum Trust {
 }
 
 impl Trust {
-    /// Returns the trust to use after a server whose key is `seen` was found trustworthy.
+    /// Returns the trust to use after the user trusts a server whose key is `seen`.
     ///
-    /// That is the key itself, where the server's certificate or nothing was pinned before.
+    /// If a certificate or nothing was pinned before, this is the key itself.
     #[must_use]
     pub fn settled(self, seen: Fingerprint) -> Self {
         match self {
@@ -41,24 +41,24 @@ impl Trust {
     }
 }
 
-/// How to connect, and how long to try.
+/// The options of a client: the server, and the time limits of attempts.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// `host`, `host:port` or `[ipv6]:port`; the port is 5001 when none is given.
     pub server: String,
     /// The proof of identity that the server must have.
     pub trust: Trust,
-    /// How long a call may be tried again, with reconnects, before it fails.
+    /// The time for which a call is repeated, with reconnects, before it fails.
     pub patience: Duration,
     /// The delays between attempts to connect.
     pub backoff: Backoff,
-    /// The age at which what is known of a person's devices is asked for again before something is
+    /// The age at which the directory is asked again for a person's devices, before a message is
     /// sent.
     pub devices_every: Duration,
 }
 
 impl Options {
-    /// 30 s of patience, back-off from 200 ms to 30 s.
+    /// Returns options with 30 s of patience, and a back-off from 200 ms to 30 s.
     pub fn new(server: impl Into<String>, trust: Trust) -> Self {
         Self {
             server: server.into(),
@@ -92,9 +92,9 @@ pub(crate) fn split_address(server: &str) -> Option<(&str, u16)> {
     (!host.is_empty()).then_some((host, port))
 }
 
-/// Whether `text` is an IPv6 address that cannot be meant as an address and a port.
+/// Returns whether `text` is an IPv6 address that cannot be meant as an address and a port.
 ///
-/// `::1:5001` is an IPv6 address, but who writes it means `[::1]:5001`.
+/// `::1:5001` is an IPv6 address, but a person who writes it means `[::1]:5001`.
 fn is_plainly_ipv6(text: &str) -> bool {
     let address = text.split('%').next().unwrap_or(text);
     let last = address.rsplit(':').next().unwrap_or_default();

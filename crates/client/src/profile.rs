@@ -1,11 +1,11 @@
 //! A profile on disk: one account of one person on one server.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
-//! | `profile.json` | [`Profile`], in the open: who, where, and by what the server is known |
-//! | `state.db` (`-wal`, `-shm`) | everything secret, sealed value by value |
-//! | `state.vault` | the same as earlier releases kept it; imported and removed at the first unlock |
-//! | `lock` | shared by the processes that use the profile; one that registers has it alone |
+//! | `profile.json` | [`Profile`], not encrypted: account, server, and the server's proof of identity |
+//! | `state.db` (`-wal`, `-shm`) | all secrets, sealed value by value |
+//! | `state.vault` | the state of earlier releases; imported and removed at the first unlock |
+//! | `lock` | shared by the processes that use the profile; exclusive during a registration |
 //! | `inbox.lock`, `outbox.lock` | held by the process that reads the inbox, or sends |
 //! | `changes.lock` | held by the process that changes groups |
 
@@ -26,37 +26,37 @@ use crate::{
     options::{Options, Trust},
 };
 
-/// The longest wait for another process that uses a profile: as long as a short command takes.
+/// The maximum wait for another process that uses a profile: the duration of a short command.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const LOCK_RETRY: Duration = Duration::from_millis(25);
 
-/// The facts about a profile that need no password.
+/// The data of a profile that can be read without a password.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     /// The account's name.
     #[serde(with = "username_text")]
     pub username: Username,
-    /// As given: `host` or `host:port`.
+    /// The server's address as given: `host` or `host:port`.
     pub server: String,
     /// The proof of identity that the server must have.
     pub trust: Trust,
     /// The account's identity key.
     #[serde(with = "identity_hex")]
     pub identity: IdentityKey,
-    /// How far the account's registration got.
+    /// The state of the account's registration.
     pub status: ProfileStatus,
-    /// The device that this profile is; absent while the account has no devices.
+    /// The device of this profile; absent while the account has no devices.
     #[serde(with = "device_hex", default, skip_serializing_if = "Option::is_none")]
     pub device: Option<DeviceId>,
 }
 
-/// How far the account's registration got.
+/// The state of an account's registration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProfileStatus {
-    /// Begun; it may or may not have reached the server.
+    /// The registration has begun, and may or may not have reached the server.
     Registering,
-    /// Complete.
+    /// The registration is complete.
     Registered,
 }
 
@@ -74,13 +74,13 @@ impl Profile {
             .map_err(|error| ProfileError::Damaged { path, reason: error.to_string() })
     }
 
-    /// How to connect to the profile's server.
+    /// Returns the options for a connection to the profile's server.
     pub fn options(&self) -> Options {
         Options::new(&self.server, self.trust.clone())
     }
 
-    /// Notes another address of the server, or another way to know it: it moved, or its operator
-    /// confirmed its new certificate.
+    /// Saves another address of the server, or another trust: the server has moved, or its operator
+    /// has confirmed its new certificate.
     pub async fn relocate(dir: &Path, server: &str, trust: Trust) -> Result<Self, ProfileError> {
         let before = Self::read(dir)?;
         let _in_use = enter(dir).await?;
@@ -107,7 +107,7 @@ pub(crate) fn vault_path(dir: &Path) -> PathBuf {
     dir.join("state.vault")
 }
 
-/// A profile's directory in use by this process, until dropped.
+/// A directory of a profile that this process uses until the value is dropped.
 #[derive(Debug)]
 pub(crate) struct InUse {
     pub(crate) dir: PathBuf,
@@ -123,13 +123,13 @@ impl InUse {
     }
 }
 
-/// Creates the directory if it is missing (mode 0700), and takes it for this process alone.
+/// Creates the directory if it is missing (mode 0700), and locks it for this process alone.
 pub(crate) async fn lock(dir: &Path) -> Result<InUse, ProfileError> {
     acquire(dir, File::try_lock).await
 }
 
-/// Takes part in a profile's use: along with other processes, or alone until [`InUse::share`] if
-/// its state is yet to be imported.
+/// Locks the directory of a profile: shared with other processes or, if its state has to be
+/// imported, alone until [`InUse::share`].
 pub(crate) async fn enter(dir: &Path) -> Result<InUse, ProfileError> {
     if database_path(dir).exists() {
         acquire(dir, File::try_lock_shared).await
@@ -163,7 +163,7 @@ pub(crate) enum Task {
     ChangeGroups,
 }
 
-/// The right to do a [`Task`], until dropped.
+/// The right to do a [`Task`], until the value is dropped.
 #[derive(Debug)]
 pub(crate) struct Turn {
     _file: File,
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_comes_back_as_written_and_rubbish_is_named() {
+    fn a_written_profile_is_read_and_a_damaged_one_is_named() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(Profile::read(dir.path()), Err(ProfileError::Missing(_))));
         profile().write(dir.path()).unwrap();

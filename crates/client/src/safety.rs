@@ -1,23 +1,24 @@
-//! Safety numbers: what two people compare, by voice or in person, to know that no server stands
-//! between their keys.
+//! Safety numbers. Two people compare their number, by voice or in person, to verify that the
+//! server has not replaced their keys.
 
 use qpq_domain::IdentityKey;
 use sha2::{Digest as _, Sha512};
 
-/// Makes guessing a key with the same digits as costly as 2¹² more hashes a try.
+/// The number of hashes for one fingerprint, which makes the search for a key with the same digits
+/// 2¹² times as expensive.
 const ITERATIONS: u32 = 4096;
-/// Groups of five digits for each of the two keys.
+/// The number of groups of five digits for each of the two keys.
 const GROUPS: usize = 6;
 
-/// The safety number of two people: 12 groups of 5 digits, the same from both sides. Each half is
-/// one key's fingerprint (iterated SHA-512, 30 digits, about 99 bits); the smaller key's comes
-/// first.
+/// Returns the safety number of two people: 12 groups of 5 digits, the same from both sides. Each
+/// half is one key's fingerprint (iterated SHA-512, 30 digits, about 99 bits); that of the smaller
+/// key comes first.
 pub fn safety_number(one: &IdentityKey, other: &IdentityKey) -> String {
     let (smaller, larger) = if one < other { (one, other) } else { (other, one) };
     format!("{} {}", fingerprint(smaller), fingerprint(larger))
 }
 
-/// One key's half of a safety number: 6 groups of 5 digits.
+/// Returns one key's half of a safety number: 6 groups of 5 digits.
 pub fn fingerprint(key: &IdentityKey) -> String {
     let mut hash =
         Sha512::new().chain_update(b"qpq/safety/1").chain_update(key.as_bytes()).finalize();

@@ -1,4 +1,4 @@
-//! The secrets that pass through a client's hands: wiped from memory when dropped, never shown.
+//! The secrets that a client processes. They are wiped from memory when dropped, and never shown.
 
 use std::fmt;
 
@@ -16,12 +16,12 @@ use zeroize::Zeroizing;
 pub struct Password(Zeroizing<String>);
 
 impl Password {
-    /// Takes the string over, so that no copy stays behind.
+    /// Creates a password from a string, which is not copied.
     pub fn new(password: Zeroizing<String>) -> Self {
         Self(password)
     }
 
-    /// Returns the form to register with, or `None` if RFC 8265 allows no such password: it is
+    /// Returns the form to register with, or `None` if RFC 8265 does not allow the password: it is
     /// empty or has a control character.
     pub(crate) fn prepared(&self) -> Option<Self> {
         let prepared = OpaqueString::enforce(self.0.as_str()).ok()?.into_owned();

@@ -1,5 +1,5 @@
-//! Length-prefixed bytes for what this crate saves: simple enough to hold secrets without copying
-//! them about.
+//! The encoding of saved state: length-prefixed bytes, written without leaving copies of secrets in
+//! memory.
 //!
 //! Numbers are big-endian, byte strings carry a `u32` length. [`Reader`] never reads past its input
 //! and never trusts a count for an allocation.
@@ -41,7 +41,7 @@ impl Writer {
     }
 }
 
-/// The input ended early, or said something impossible.
+/// The input ended early or contains an invalid value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
@@ -71,7 +71,7 @@ impl<'a> Reader<'a> {
         self.raw(len as usize)
     }
 
-    /// Reads a count and as many items.
+    /// Reads a count and that number of items.
     pub(crate) fn list<T>(
         &mut self,
         mut item: impl FnMut(&mut Self) -> Result<T, Malformed>,

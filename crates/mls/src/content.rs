@@ -7,8 +7,8 @@ use prost::Message as _;
 
 /// The version of texts.
 const VERSION: u8 = 1;
-/// The version of what clients say to each other, which is not shown. Clients that do not know it
-/// say that they do not understand it.
+/// The version of control messages between clients, which are not shown to people. A client without
+/// this version ignores them as unknown.
 const CONTROL_VERSION: u8 = 2;
 
 /// One chat message.
@@ -16,10 +16,10 @@ const CONTROL_VERSION: u8 = 2;
 pub struct Content {
     /// The sender's own id for the message, unique among its messages.
     pub id: [u8; 16],
-    /// When it was sent by the sender's clock, in Unix milliseconds: a claim.
+    /// The time of sending by the sender's clock, in Unix milliseconds: a claim of the sender.
     pub sent_at: u64,
     pub text: String,
-    /// SHA-256 of the message that this one repeats, for a receiver who could not read that.
+    /// SHA-256 of the message that this one repeats, for a receiver that could not read the first.
     pub repeats: Option<[u8; 32]>,
 }
 
@@ -29,7 +29,7 @@ pub(crate) enum Said {
     Text(Content),
     /// The sender could not read these messages, named by the SHA-256 of their bytes.
     CouldNotRead(Vec<[u8; 32]>),
-    /// The sender has left the group, and asks its creator to be removed.
+    /// The sender has left the group, and asks the admins to be removed.
     Leaving,
 }
 
@@ -42,7 +42,7 @@ struct Control {
 }
 
 impl Said {
-    /// `None` when the bytes are no message of a version known here.
+    /// Decodes a message; `None` if the bytes are no message of a known version.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&CONTROL_VERSION, protobuf) = bytes.split_first()? else {
             return Content::decode(bytes).map(Self::Text);
@@ -57,13 +57,13 @@ impl Said {
     }
 }
 
-/// The bytes of [`Said::CouldNotRead`].
+/// Encodes a [`Said::CouldNotRead`].
 pub(crate) fn could_not_read(digests: &[[u8; 32]]) -> Vec<u8> {
     let could_not_read = digests.iter().map(|one| one.to_vec()).collect();
     encode(&Control { could_not_read, ..Control::default() })
 }
 
-/// The bytes of [`Said::Leaving`].
+/// Encodes a [`Said::Leaving`].
 pub(crate) fn leaving() -> Vec<u8> {
     encode(&Control { leaving: true, ..Control::default() })
 }
@@ -75,7 +75,7 @@ fn encode(control: &Control) -> Vec<u8> {
 }
 
 impl fmt::Debug for Content {
-    /// All but what was said: that is between the members.
+    /// Omits the text, which must not appear in logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Content")
             .field("id", &self.id)
@@ -109,7 +109,8 @@ impl Content {
         bytes
     }
 
-    /// `None` when the bytes are no message of a version known here. Unknown fields are ignored.
+    /// Decodes a text; `None` if the bytes are no text of a known version. Unknown fields are
+    /// ignored.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&VERSION, protobuf) = bytes.split_first()? else { return None };
         let encoded = Encoded::decode(protobuf).ok()?;

@@ -1,10 +1,10 @@
-//! Why a client did not do something.
+//! The errors of a client.
 
 use qpq_domain::IdentityKey;
 
 use crate::{database::DatabaseError, key_package::Rejected};
 
-/// Why something was not done. The state is as it was.
+/// The error of an operation of a client. The state is unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -14,10 +14,10 @@ pub enum Error {
     NotAdmin,
     #[error("we were removed from the group: ask an admin to be added again")]
     NoLongerMember,
-    /// The change would leave the group without an admin, and so without any further change.
+    /// After the change the group would have no admin, and nobody could change it.
     #[error("the group needs an admin: make another member one first")]
     LastAdmin,
-    #[error("what the server has of the group cannot be used to join it")]
+    #[error("the server's description of the group cannot be used to join it")]
     BadGroupInfo,
     #[error("no change to the group is waiting for the server")]
     NothingPending,
@@ -39,10 +39,11 @@ pub enum Error {
     WrongName(IdentityKey),
     #[error("{0} uses a client that cannot join our groups")]
     Incompatible(IdentityKey),
-    /// A change to the group that others read only later would shut them out.
-    #[error("the key package of {0} is about to run out: they have to come online once")]
+    /// Members that read the commit after the package's end could not follow it.
+    #[error("the key package of {0} expires soon: they have to come online once")]
     PackageTooOld(IdentityKey),
-    /// The state is an older copy, and more keys were used since than others allow to be skipped.
+    /// The state is an older copy, and the later state has used more keys than receivers accept as
+    /// a gap.
     #[error("this copy of the profile is too old for the group: join it again")]
     CopyTooOld,
     #[error("MLS: {0}")]

@@ -22,7 +22,7 @@ impl Identity {
         Self(SigningKey::from_bytes(seed))
     }
 
-    /// The secret seed, to be kept as secret as the account itself.
+    /// Returns the secret seed, to be kept as secret as the account itself.
     pub fn seed(&self) -> &[u8; 32] {
         self.0.as_bytes()
     }
@@ -36,7 +36,7 @@ impl Identity {
         self.0.sign(message).to_bytes()
     }
 
-    /// Signs the statement that a device with this key is one of this account.
+    /// Signs the statement that the device with `key` belongs to this account.
     pub fn certify(&self, device: &DeviceId, key: &DeviceKey) -> [u8; 64] {
         self.sign(&key.certification(&self.public(), device))
     }
@@ -51,9 +51,10 @@ impl fmt::Debug for Identity {
 /// An account that is a member of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Proven: the key of each of the member's devices is certified with it.
+    /// The identity key. Proven: the key of each of the member's devices is certified with it.
     pub identity: IdentityKey,
-    /// Claimed: compare it with the directory's name for `identity` before showing it.
+    /// The username, a claim: compare it with the directory's name for `identity` before showing
+    /// it.
     pub username: Username,
 }
 
@@ -67,7 +68,8 @@ impl Member {
         Ok(Self { identity: IdentityKey::new(reader.array()?), username: read_username(reader)? })
     }
 
-    /// `None` unless the key is an identity key and the name a username in canonical form.
+    /// Reads a member; `None` unless the key is an identity key and the name a username in
+    /// canonical form.
     pub(crate) fn read(identity: &[u8], claimed: &[u8]) -> Option<Self> {
         let identity = IdentityKey::try_from(identity).ok()?;
         let claimed = std::str::from_utf8(claimed).ok()?;

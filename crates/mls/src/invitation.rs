@@ -68,8 +68,8 @@ impl Invitation {
 /// Returns id, profile, inviter and the number of accounts of a valid group.
 ///
 /// In a valid group we are a member, the profile admits all members, and the inviter may invite us.
-///
-/// An admin invites anybody; any member adds a device of an account that is a member already.
+/// An admin may invite any account. Any member may add a device of an account that is a member
+/// already.
 fn check(staged: &StagedWelcome, me: &IdentityKey) -> Option<(GroupId, Profile, Member, usize)> {
     let context = staged.group_context();
     let id = GroupId::try_from(context.group_id().as_slice()).ok()?;

@@ -39,7 +39,7 @@ impl Device {
         Self { id, name: name.to_owned(), key, proof }
     }
 
-    /// Creates a device from its parts. `seed` is the secret one of its key, and `proof` the
+    /// Creates a device from its parts. `seed` is the secret seed of its key, and `proof` the
     /// account's signature over [`DeviceKey::certification`].
     pub fn new(id: DeviceId, name: &str, seed: &[u8; 32], proof: [u8; 64]) -> Self {
         Self { id, name: name.to_owned(), key: SigningKey::from_bytes(seed), proof }
@@ -62,6 +62,7 @@ impl Device {
         DeviceKey::new(self.key.verifying_key().to_bytes())
     }
 
+    /// Returns the account's signature over [`DeviceKey::certification`].
     pub fn proof(&self) -> &[u8; 64] {
         &self.proof
     }
@@ -89,7 +90,7 @@ impl fmt::Debug for Device {
 pub struct MemberDevice {
     /// The account.
     pub member: Member,
-    /// `None` for a leaf that is signed by the identity key.
+    /// The device; `None` for a leaf that is signed by the identity key.
     pub device: Option<DeviceDescription>,
 }
 
@@ -153,7 +154,7 @@ impl MemberDevice {
         identity.verify(&device.key.certification(identity, &device.id), &device.proof).is_ok()
     }
 
-    /// Returns the key that the leaf is signed with.
+    /// Returns the signature key of the leaf.
     pub(crate) fn signature_key(&self) -> [u8; 32] {
         match &self.device {
             Some(device) => *device.key.as_bytes(),

@@ -1,32 +1,31 @@
-//! MLS (RFC 9420) for both sides of quicproquo; the only crate that knows openmls, which is slow to
-//! compile.
+//! MLS (RFC 9420) for the server and clients of quicproquo. The only crate that depends on openmls,
+//! which is slow to compile.
 //!
-//! The server uses [`key_package::check`] to judge what clients upload, and nothing else: it takes
-//! no part in any group. Clients use [`Client`], a state machine without network: it makes key
-//! packages, starts conversations, encrypts, and turns received bytes into [`Received`] values. Its
-//! state is in a [`database`], sealed under a key of [`vault`].
+//! The server only uses [`key_package::check`], for the KeyPackages that clients upload, and is in
+//! no group. Clients use [`Client`], a state machine without network: [`Client`] creates
+//! KeyPackages, starts conversations, encrypts, and turns received bytes into [`Received`] values.
+//! Its state is in a [`database`], sealed under a key of [`vault`].
 //!
 //! # The crash rule
 //!
-//! MLS keys are used once and then deleted, so the order in which a caller saves and sends is what
-//! makes it safe:
+//! MLS keys are used once and then deleted. Therefore a caller must save and send in this order:
 //!
 //! - **Sending**: in one transaction of the database, call [`Client::encrypt`], then
-//!   [`Client::save`], and save the returned [`Parcel`]. Once that is committed, send it, again
-//!   after a crash, until the server has it. A parcel that is sent from a state that was never
-//!   saved would reuse a key.
+//!   [`Client::save`], and save the returned [`Parcel`]. After the commit, send the parcel, and
+//!   repeat this after a crash until the server has it. If a parcel is sent before its state is
+//!   saved, a crash leads to a second use of its key.
 //! - **Changing a group**: in one transaction, call [`Client::commit`], then [`Client::save`], and
 //!   save the [`Commit`]. Then offer it to the server, again after a crash under the same message
 //!   id, until the server has accepted it ([`Client::confirm`]) or another one for the same epoch
 //!   ([`Client::discard`], read the inbox, begin again). Send the Welcome after that.
 //! - **Receiving**: in one transaction, call [`Client::receive`], then [`Client::save`], and save
-//!   what it returned, until it has been shown. Then acknowledge the message to the server. A
-//!   message that arrives again after a crash between the two is [`Received::Duplicate`].
+//!   the results until they have been shown. Then acknowledge the message to the server. A message
+//!   that arrives again after a crash between these steps is [`Received::Duplicate`].
 //! - **Passes**: before an inbox is read, call [`Client::unpassed`], and [`Client::end_pass`] once
 //!   the read has reached the end of the inbox. Members that commits of ours have removed are
 //!   refused from then on.
-//! - **Key packages**: commit before uploading what [`Client::key_packages`] returned: the private
-//!   halves are in the database.
+//! - **KeyPackages**: commit before uploading the packages that [`Client::key_packages`] returned:
+//!   the private halves are in the database.
 //!
 //! # Permissions
 //!
@@ -38,12 +37,11 @@
 //!
 //! # Time
 //!
-//! Every function that needs the time is given it. openmls itself reads the system clock in two
-//! places that cannot be given another: whether a package's lifetime has begun and not ended when a
-//! commit adds it, on the side that makes the commit and on the sides that receive it. A client
-//! must therefore be given the system's time, and one that reads such a commit only after the
-//! package's end cannot follow ([`Ignored::LifetimeOver`]). The server's check depends on the given
-//! time alone.
+//! The time is an argument of every function that needs it. openmls itself reads the system clock
+//! in two places, which cannot be given another: both the author and the receivers of a commit that
+//! adds a package check that the package's lifetime has begun and not ended. A client must
+//! therefore be given the system's time. One that reads such a commit only after the package's end
+//! cannot follow ([`Ignored::LifetimeOver`]). The server's check depends on the given time alone.
 
 mod client;
 mod codec;

@@ -1,9 +1,8 @@
 //! The unencrypted parts of MLS messages (RFC 9420 §6.3).
 //!
-//! In the authenticated data of a private message, our clients name themselves.
-//!
-//! The server knows the sender of each message anyway. For the receiver the name is a mere claim
-//! until the message is decrypted; it names the person to ask about one that cannot be.
+//! Clients name themselves in the authenticated data of a private message. Until the message is
+//! decrypted, the name is a mere claim for the receiver. If decryption fails, the receiver asks the
+//! named account to repeat the message. The server knows the sender of each message anyway.
 
 use qpq_domain::IdentityKey;
 
@@ -27,8 +26,8 @@ pub(crate) fn claimed_sender(bytes: &[u8]) -> Option<IdentityKey> {
     IdentityKey::try_from(key).ok()
 }
 
-/// Returns the leaf index of the author of a GroupInfo (RFC 9420 §12.4.3), which stands before the
-/// signature at its end. An Ed25519 signature has 64 bytes, after two of length.
+/// Returns the leaf index of the author of a GroupInfo (RFC 9420 §12.4.3). The index precedes the
+/// signature at the end: 64 bytes of Ed25519 after 2 bytes of length.
 pub(crate) fn author_of_group_info(bytes: &[u8]) -> Option<u32> {
     let (rest, signature) = bytes.split_at_checked(bytes.len().checked_sub(66)?)?;
     let author = rest.get(rest.len().checked_sub(4)?..)?;

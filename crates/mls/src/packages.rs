@@ -20,7 +20,8 @@ use crate::{
 /// The suite of every group: X25519, AES-128-GCM, SHA-256, Ed25519.
 pub(crate) const SUITE: Ciphersuite = Ciphersuite::MLS_128_DHKEMX25519_AES128GCM_SHA256_Ed25519;
 
-/// The lifetime of a package, which begins an hour early for clients with a late clock.
+/// The lifetime of a package. The lifetime begins `MARGIN` before the creation, for clients whose
+/// clock is behind.
 const LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600);
 const MARGIN: Duration = Duration::from_secs(3600);
 
@@ -29,7 +30,7 @@ const MARGIN: Duration = Duration::from_secs(3600);
 /// A Welcome stays in an inbox for at most this time.
 const AFTERLIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 
-/// Returns the capabilities of our clients, which every leaf has.
+/// Returns the capabilities in every leaf of our clients.
 ///
 /// Without last_resort in them, openmls refuses last-resort packages.
 pub(crate) fn capabilities() -> Capabilities {
@@ -101,8 +102,8 @@ pub(crate) fn addressed_by(
 
 /// Removes a used package, unless it is a last-resort package.
 ///
-/// Where the account has other devices, the reference of the package is kept: a Welcome for an
-/// unknown package is for another device.
+/// If the account has other devices, the reference of the package is kept. A Welcome for a package
+/// that is neither here nor among the used ones is for another device.
 pub(crate) fn used(
     database: &Database,
     package: &Package,

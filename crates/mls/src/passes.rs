@@ -1,9 +1,9 @@
-//! The passes of the inbox: which commits of ours precede no complete one yet.
+//! The passes of the inbox, and the commits of ours since which no pass was complete.
 //!
-//! A commit of ours has no place in our own inbox. Messages that the server accepted before the
-//! commit may be unread until the inbox was read to its end in a pass that began after the commit
-//! was applied. Until then messages of the members that the commit removed are accepted, and after
-//! an external commit messages of earlier epochs are expected and ignored.
+//! A pass reads the inbox to its end. Our own inbox does not contain a commit of ours, so messages
+//! that the server accepted before the commit may be unread until a pass is complete that began
+//! after the commit was applied. Until then messages of the members that the commit removed are
+//! accepted, and after an external commit messages of earlier epochs are expected and ignored.
 
 use crate::{
     client::Client,
@@ -36,14 +36,15 @@ impl Unpassed {
 impl Client {
     /// Returns the commits of ours since which the inbox was not read to its end.
     ///
-    /// To be called before a pass of the inbox begins, for [`Client::end_pass`].
+    /// Must be called before a pass of the inbox begins, for [`Client::end_pass`].
     pub fn unpassed(&self) -> Result<Vec<Unpassed>, DatabaseError> {
         let damaged = |Malformed| DatabaseError::Damaged("a commit's row is cut short".into());
         let rows = self.database.all(UNPASSED)?;
         rows.iter().map(|row| Unpassed::parse(row).map_err(damaged)).collect()
     }
 
-    /// Ends a pass that has read the inbox to its end, and before which `unpassed` was returned.
+    /// Ends a pass that has read the inbox to its end. `unpassed` was returned before the pass
+    /// began.
     ///
     /// Messages of members that these commits removed are refused from now on.
     pub fn end_pass(&mut self, unpassed: &[Unpassed]) -> Result<(), DatabaseError> {

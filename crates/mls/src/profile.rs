@@ -21,8 +21,8 @@ const VERSION: u8 = 1;
 /// A group's id: 16 random bytes, then the first 16 of SHA-256(`"qpq/group/1"` ‖ creator's identity
 /// key ‖ random bytes).
 ///
-/// The second half binds the creator. Another person who claims the id, with a Welcome that comes
-/// before the creator's, would have to find a second preimage.
+/// The second half binds the creator. To claim the id, with a Welcome that arrives before the
+/// creator's, another account would have to find a second preimage.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId([u8; 32]);
 
@@ -81,7 +81,8 @@ impl fmt::Debug for GroupId {
 /// The two kinds of conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GroupKind {
-    /// Between two people; nobody else can be added. `peer` is the one who did not make the group.
+    /// A conversation between two accounts, to which no other can be added. `peer` is the account
+    /// that did not create the group.
     Direct {
         peer: IdentityKey,
     },
@@ -90,8 +91,8 @@ pub enum GroupKind {
     },
 }
 
-/// The channel of the direct conversation between two people, the same from both sides:
-/// SHA-256(`"qpq/dm/1"` ‖ smaller key ‖ larger key), its first 16 bytes.
+/// Returns the channel of the direct conversation between two accounts, the same from both sides:
+/// the first 16 bytes of SHA-256(`"qpq/dm/1"` ‖ smaller key ‖ larger key).
 pub fn direct_channel(one: &IdentityKey, other: &IdentityKey) -> ChannelId {
     let (smaller, larger) = if one < other { (one, other) } else { (other, one) };
     let mut hash = Sha256::new();
@@ -108,9 +109,9 @@ pub(crate) struct Profile {
     pub(crate) kind: GroupKind,
     pub(crate) channel: ChannelId,
     pub(crate) creator: IdentityKey,
-    /// By the creator's clock.
+    /// The time of creation by the creator's clock.
     pub(crate) created_at: UnixMillis,
-    /// The accounts that may change the group; none stands for the creator.
+    /// The accounts that may change the group. If empty, the creator alone.
     pub(crate) admins: Vec<IdentityKey>,
 }
 
@@ -122,10 +123,10 @@ struct Encoded {
     created_at: u64,
     #[prost(bytes = "vec", tag = "3")]
     channel: Vec<u8>,
-    /// Of a direct conversation.
+    /// The `peer` of a direct conversation.
     #[prost(bytes = "vec", optional, tag = "4")]
     peer: Option<Vec<u8>>,
-    /// Of a group.
+    /// The name of a group.
     #[prost(string, optional, tag = "5")]
     name: Option<String>,
     #[prost(bytes = "vec", repeated, tag = "6")]
@@ -144,8 +145,8 @@ impl Profile {
     }
 
     /// Returns the accounts of `members`, given in the order of the tree, that may change the
-    /// group: in a direct conversation both, in a group its admins. Where no admin is a member any
-    /// more, the first member is one.
+    /// group: in a direct conversation both, in a group its admins. If no admin is a member, the
+    /// first member is an admin.
     pub(crate) fn admins_of(&self, members: &[IdentityKey]) -> Vec<IdentityKey> {
         if matches!(self.kind, GroupKind::Direct { .. }) {
             return members.to_vec();
@@ -159,14 +160,14 @@ impl Profile {
         admins
     }
 
-    /// Returns whether `next` is what an admin may make of this profile.
+    /// Returns whether an admin may replace this profile by `next`.
     pub(crate) fn may_become(&self, next: &Self) -> bool {
         matches!((&self.kind, &next.kind), (GroupKind::Group { .. }, GroupKind::Group { .. }))
             && (self.channel, self.creator, self.created_at)
                 == (next.channel, next.creator, next.created_at)
     }
 
-    /// Whether `key` may be a member at all.
+    /// Returns whether `key` may be a member.
     pub(crate) fn admits(&self, key: &IdentityKey) -> bool {
         match &self.kind {
             GroupKind::Direct { peer } => *key == self.creator || key == peer,
@@ -174,14 +175,15 @@ impl Profile {
         }
     }
 
-    /// The group context's extensions: the profile, and the demand that each member understands it.
+    /// Returns the extensions of the group context: the profile, and the requirement that each
+    /// member understands it.
     pub(crate) fn extensions(&self) -> Extensions<GroupContext> {
         let profile = Extension::Unknown(EXTENSION, UnknownExtension(self.encode()));
         Extensions::from_vec(vec![profile, required()]).expect("both belong in a group context")
     }
 
-    /// The profile of a group, if it has one that is true to itself and to the group's id, and
-    /// nothing else that we would have to heed.
+    /// Reads the profile of a group. Returns `None` if the profile is missing, does not fit the
+    /// group's id, contradicts itself, or comes with other extensions.
     pub(crate) fn read(id: &GroupId, extensions: &Extensions<GroupContext>) -> Option<Self> {
         let [Extension::Unknown(EXTENSION, UnknownExtension(bytes)), demand] =
             &extensions.iter().collect::<Vec<_>>()[..]
@@ -248,7 +250,7 @@ mod tests {
     const BOB: IdentityKey = IdentityKey::new([2; 32]);
 
     #[test]
-    fn a_group_id_is_its_creators_alone() {
+    fn a_group_id_fits_only_its_creator() {
         let id = GroupId::random(&ANN);
         assert!(id.is_created_by(&ANN));
         assert!(!id.is_created_by(&BOB));
@@ -263,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn profiles_survive_their_encoding_and_lies_do_not() {
+    fn encoded_profiles_decode_and_contradictory_ones_do_not() {
         let id = GroupId::random(&ANN);
         let direct = Profile::direct(ANN, BOB, UnixMillis(5));
         assert_eq!(Profile::read(&id, &direct.extensions()), Some(direct.clone()));

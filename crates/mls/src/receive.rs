@@ -1,8 +1,7 @@
 //! Processing of received messages. No input causes a panic or a loss of state.
 //!
-//! A message is known by the SHA-256 of its bytes. One that was processed before is a
-//! [`Received::Duplicate`]; one that was not, and cannot be decrypted, is
-//! [`Received::Unreadable`]: the two are never confused.
+//! A message is identified by the SHA-256 of its bytes. If it was processed before, it is a
+//! [`Received::Duplicate`]; otherwise, if it cannot be decrypted, it is [`Received::Unreadable`].
 
 use std::collections::BTreeSet;
 
@@ -31,7 +30,7 @@ use crate::{
 /// The first bytes of the server's request that all members renew their keys.
 const ROTATION_REQUEST: &[u8] = b"QPQR";
 
-/// The day of a time, by which digests are kept.
+/// Returns the day of a time. Digests are kept by day.
 pub(crate) fn day(at: UnixMillis) -> u64 {
     at.0 / (24 * 3600 * 1000)
 }
@@ -53,7 +52,7 @@ impl Client {
         self.receive_by(bytes, arrival, &rules)
     }
 
-    /// Processes one message as [`Client::receive`] does, by rules about people.
+    /// Processes one message as [`Client::receive`] does, under rules about people.
     pub fn receive_by(
         &mut self,
         bytes: &[u8],
@@ -86,7 +85,7 @@ impl Client {
     }
 
     /// Forgets up to `limit` of the messages that arrived on a day before the day of `before`;
-    /// returns how many. A message that is forgotten and arrives again is not recognized.
+    /// returns their number. A forgotten message that arrives again is not recognized.
     pub fn forget_received(&self, before: UnixMillis, limit: u32) -> Result<usize, DatabaseError> {
         self.database.forget_digests(day(before), limit)
     }
@@ -220,8 +219,9 @@ impl Client {
         }
         let present = self.group(&id)?;
         let joins = present.is_some() || (rules.joins)(&request)?;
-        // The later epoch is the newer. A stranger's request, which may be for another group of the
-        // same id, does not keep others from inviting us.
+        // The Welcome of the later epoch counts. The waiting request of a stranger does not
+        // displace a Welcome that is joined immediately: it may be for another group of the same
+        // id.
         let known = present.as_ref().map(|group| group.epoch);
         let waits = requests::get(&self.database, &id)?.map(|kept| kept.request.epoch);
         let newest = if joins { known } else { known.max(waits) };
@@ -229,7 +229,7 @@ impl Client {
             return Ok(vec![Received::Duplicate]);
         }
         // A Welcome replaces the state of a group that we are in. Its own content proves only that
-        // its sender may invite to some group of that id, which anybody can create.
+        // its sender may invite to some group of this id, and anybody can create such a group.
         let inviter = request.inviter.identity;
         let may_replace = |group: &GroupSummary| {
             !group.active || group.admins.contains(&inviter) || inviter == self.identity.public()
@@ -285,7 +285,7 @@ impl Client {
         let by = by.unwrap_or_else(itself);
         let mut results = vec![Received::Joined { group: group.summary(), by }];
         self.database.delete(tables::LEFT, id.as_bytes())?;
-        // The keys of the state that this one replaces.
+        // Deletes the keys of the replaced state.
         Group::delete(&self.database, id)?;
         self.insert(group);
         let mut held = requests::accepted(&self.database, &id)?;
@@ -297,7 +297,7 @@ impl Client {
         Ok(results)
     }
 
-    /// Processes a message that waited with a request, or puts it aside until a commit comes.
+    /// Processes a message that waited with a request, or puts it aside until its commit arrives.
     fn retry_one(
         &mut self,
         id: GroupId,
@@ -305,7 +305,7 @@ impl Client {
         results: &mut Vec<Received>,
     ) -> Result<(), DatabaseError> {
         let Some(group) = self.group(&id)? else {
-            // A message before it said that this account has left.
+            // According to an earlier message, this account has left.
             results.push(Received::Refused { used_package: false });
             return Ok(());
         };
@@ -394,8 +394,8 @@ impl Client {
     }
 }
 
-/// Returns a message to a group: a private one or, of those that travel in the open, the commit by
-/// which a device joins by itself.
+/// Returns a message to a group: a PrivateMessage or, as the only PublicMessage, an external
+/// commit.
 fn to_group(body: MlsMessageBodyIn) -> Option<ProtocolMessage> {
     let is_join = |message: &PublicMessageIn| {
         matches!(message.sender(), Sender::NewMemberCommit)

@@ -17,11 +17,11 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Received {
-    /// We are in a group: a new one, or one that we are in again. Its members are to be compared
-    /// with the directory.
+    /// We are in a group, for the first time or again. The caller must compare its members with the
+    /// directory.
     Joined {
         group: GroupSummary,
-        /// The member that invited us; this account where this device joined by itself.
+        /// The member that invited us; this account if this device joined by itself.
         by: Member,
     },
     Message {
@@ -30,8 +30,8 @@ pub enum Received {
         sender: Member,
         content: Content,
     },
-    /// A member could not read these messages, named by the SHA-256 of their bytes, and asks for
-    /// those that were ours. Nothing is to be shown.
+    /// A member could not read these messages, named by the SHA-256 of their bytes, and asks us to
+    /// repeat those that were ours. Nothing is shown.
     Asked {
         group: GroupId,
         sender: Member,
@@ -43,14 +43,15 @@ pub enum Received {
         group: GroupId,
         sender: Member,
     },
-    /// A member changed the group. Accounts that were added are to be compared with the directory.
-    /// A commit that only renews keys has no changes.
+    /// A member changed the group. The caller must compare added accounts with the directory. A
+    /// commit that only renews keys has no changes.
     Committed {
         group: GroupId,
         by: Member,
         changes: Vec<GroupChange>,
     },
-    /// A member's client asked, by the server, that all members renew their keys in this channel.
+    /// The server asks, on behalf of a member's client, that all members of this channel renew
+    /// their keys.
     RotationRequested {
         channel: ChannelId,
     },
@@ -60,7 +61,7 @@ pub enum Received {
     /// The message was processed before, and may be acknowledged.
     Duplicate,
     /// A stranger's Welcome, which waits for [`accept`](crate::Client::accept) or
-    /// [`decline`](crate::Client::decline). The Welcome has used up a key package of ours, and
+    /// [`decline`](crate::Client::decline). The Welcome has used up a KeyPackage of ours, and
     /// may be acknowledged once the state is saved.
     Requested(Request),
     /// The message is from a blocked person, or for a group that we have left or declined to join.
@@ -114,7 +115,7 @@ impl GroupChange {
     }
 }
 
-/// The rules about people that a message is received by.
+/// The rules about people under which a message is received.
 #[derive(Clone, Copy)]
 pub struct Rules<'a> {
     /// People whose messages are refused. Their Welcomes are not used, and no message is kept for a
@@ -126,8 +127,8 @@ pub struct Rules<'a> {
     /// Returns whether the group of a Welcome is joined immediately. If not, the Welcome waits as a
     /// request.
     pub joins: &'a dyn Fn(&Request) -> Result<bool, DatabaseError>,
-    /// Whether the account has other devices. A Welcome that is for none of our KeyPackages is then
-    /// taken for theirs.
+    /// Whether the account has other devices. A Welcome for none of our KeyPackages is then
+    /// regarded as a Welcome for one of those devices.
     pub has_other_devices: bool,
 }
 
@@ -153,6 +154,7 @@ pub struct Request {
     pub inviter: Member,
     /// The number of members, including us.
     pub members: usize,
+    /// The MLS epoch that the Welcome leads to.
     pub epoch: u64,
     pub arrival: Arrival,
     /// The number of messages to the group that were dropped while the request waited.
@@ -162,10 +164,11 @@ pub struct Request {
 /// A message whose content is lost to us, unless its sender repeats it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unreadable {
+    /// The reason why the content is lost.
     pub reason: Lost,
-    /// SHA-256 of its bytes: by it the sender finds what to repeat.
+    /// SHA-256 of the message, by which its sender finds the text to repeat.
     pub digest: [u8; 32],
-    /// The group that it names, if it names one.
+    /// The group that the message names, if any.
     pub group: Option<GroupId>,
     /// The sender that the message names, without a proof. With [`Lost::NotAMember`] it is proven.
     pub claimed_sender: Option<IdentityKey>,
@@ -176,15 +179,15 @@ pub struct Unreadable {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Lost {
-    #[error("it invites us with a key package that is not here any more")]
+    #[error("it invites us with a key package that this device no longer has")]
     NoPackage,
     #[error("its keys were used or deleted before, or are too far ahead")]
     NoKeys,
     #[error("it is not encrypted with the group's keys")]
     Undecryptable,
-    #[error("what it needs never came")]
+    #[error("the invitation or group change that it needs never arrived")]
     NeverCame,
-    #[error("too many others wait for what never came")]
+    #[error("too many messages wait for an invitation or a group change")]
     Displaced,
     #[error("it arrived after its sender's device had been removed from the group")]
     NotAMember,
@@ -202,17 +205,17 @@ pub enum Ignored {
     NotAllowed,
     #[error("a change to the group that nobody may make")]
     ForbiddenCommit,
-    /// openmls compares lifetimes with the time of reading, not of sending. The group goes on
-    /// without us from here.
+    /// openmls compares lifetimes with the time of reading, not of sending. From here on we cannot
+    /// follow the group.
     #[error(
-        "a change to the group, read after the added member's key package ran out: join it again"
+        "a change to the group, read after the added member's key package expired: join it again"
     )]
     LifetimeOver,
-    #[error("a change to the group from before the last one")]
+    #[error("a change to the group that came after another one for the same epoch")]
     OldCommit,
     #[error("we are not in the group any more")]
     NoLongerMember,
-    #[error("the farewell of a person who is not in the group any more")]
+    #[error("the departure of a person who is not in the group any more")]
     AlreadyLeft,
     #[error("from before we joined the group")]
     BeforeJoining,

@@ -1,10 +1,12 @@
 //! Welcomes of strangers, which wait until they are accepted or declined.
 //!
-//! A request keeps the Welcome and the key package that the Welcome was made for, so the group can
-//! be joined at any later time. Messages to the group are kept with it. Everything is bounded: for
-//! each stranger, in total, and in bytes. Above a bound the oldest request, or message, of the
-//! stranger, or group, with the most is dropped and counted. A request costs one insertion; no work
-//! or row grows with the number of requests that came before.
+//! A request keeps the Welcome and the KeyPackage for which the Welcome was created, so the group
+//! can be joined at any later time. Messages to the group are kept with it.
+//!
+//! Requests and their messages are bounded: for each stranger, in total, and in bytes. Above a
+//! bound, the stranger with the most requests loses its oldest one, and the group with the most
+//! messages loses its oldest one. Dropped requests and messages are counted. A request costs one
+//! insertion: no work or row grows with the number of earlier requests.
 
 use qpq_domain::{ChannelId, IdentityKey, UnixMillis};
 
@@ -19,14 +21,15 @@ use crate::{
     waiting::PutAside,
 };
 
-/// The most requests of one person.
+/// The maximum number of requests of one person.
 pub const MAX_REQUESTS_EACH: u64 = 10;
-/// The most requests in total.
+/// The maximum number of requests in total.
 pub const MAX_REQUESTS: u64 = 200;
-/// The most bytes of all requests.
+/// The maximum size of all requests, in bytes.
 const MAX_BYTES: u64 = 8 * 1024 * 1024;
-/// The most messages that wait with all requests, and their bytes.
+/// The maximum number of messages that wait with all requests.
 const MAX_HELD: u64 = 256;
+/// The maximum size of these messages, in bytes.
 const MAX_HELD_BYTES: u64 = 8 * 1024 * 1024;
 /// The number of groups that are remembered after their request was declined or dropped. Messages
 /// to these have no effect.
@@ -35,7 +38,7 @@ const MAX_DECLINED: u64 = 1_024;
 /// The row that counts dropped requests. Group ids have another length.
 const DROPPED: &[u8] = b"dropped";
 
-/// A request with what is needed to join.
+/// A request, with the KeyPackage and the Welcome by which its group is joined.
 pub(crate) struct Kept {
     pub(crate) request: Request,
     pub(crate) package: Package,
@@ -90,7 +93,7 @@ pub(crate) fn all(database: &Database) -> Result<Vec<Request>, DatabaseError> {
         .collect()
 }
 
-/// Returns the number of requests that were dropped since no request waited.
+/// Returns the number of dropped requests since the last time that no request waited.
 pub(crate) fn dropped(database: &Database) -> Result<u64, DatabaseError> {
     count(database, DROPPED)
 }
@@ -108,7 +111,7 @@ pub(crate) fn waits(database: &Database, group: &GroupId) -> Result<bool, Databa
     Ok(database.number_of_key(REQUESTS, group.as_bytes())?.is_some())
 }
 
-/// Returns whether a request for a group was declined or dropped, of the last ones.
+/// Returns whether a group is one of the last whose request was declined or dropped.
 pub(crate) fn was_declined(database: &Database, group: &GroupId) -> Result<bool, DatabaseError> {
     Ok(database.number_of_key(DECLINED, group.as_bytes())?.is_some())
 }
@@ -264,7 +267,7 @@ mod tests {
 
     const AT: Arrival = Arrival { at: UnixMillis(7), channel: ChannelId::DEFAULT };
 
-    /// A database, and one of its key packages.
+    /// Returns a database, and one of its KeyPackages.
     fn database() -> (Database, Package) {
         let database = Database::in_memory();
         let name = Username::parse("bob").unwrap();
@@ -342,7 +345,7 @@ mod tests {
         assert_eq!(waiting.len(), usize::try_from(MAX_REQUESTS).unwrap());
         assert_eq!(dropped(&database).unwrap(), 10_001 - MAX_REQUESTS);
         assert_eq!(waiting[0], modest);
-        // Large requests displace their own sender's.
+        // Large requests displace requests of their own sender.
         for _ in 0..MAX_REQUESTS_EACH {
             keep(&database, &request(101, 0), &package, &vec![0; 1024 * 1024]).unwrap();
         }

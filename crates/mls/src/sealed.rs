@@ -15,7 +15,7 @@ use crate::error::Error;
 
 const SUITE: HpkeConfig =
     HpkeConfig(HpkeKemType::DhKem25519, HpkeKdfType::HkdfSha256, HpkeAeadType::AesGcm128);
-/// The bytes of the encapsulated key, which stand before the ciphertext.
+/// The length of the encapsulated key, which precedes the ciphertext, in bytes.
 const ENCAPSULATED: usize = 32;
 
 static CRYPTO: LazyLock<RustCrypto> = LazyLock::new(RustCrypto::default);

@@ -21,7 +21,7 @@ const MAGIC: &[u8; 4] = b"QPQM";
 const VERSION: u8 = 1;
 const DIGEST_LEN: usize = 32;
 
-/// Why a snapshot was not imported.
+/// The error of importing a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImportError {
     #[error("the saved conversations were written by a newer version: update this client")]
@@ -39,8 +39,8 @@ impl From<Malformed> for ImportError {
 }
 
 impl Client {
-    /// Imports a snapshot into an empty database. `now` is noted as the time at which the messages
-    /// put aside arrived, which the snapshot does not say.
+    /// Imports a snapshot into an empty database. `now` becomes the arrival time of messages put
+    /// aside, which the snapshot does not contain.
     pub fn import(database: &Database, bytes: &[u8], now: UnixMillis) -> Result<Self, ImportError> {
         let content_len = bytes.len().checked_sub(DIGEST_LEN).ok_or(ImportError::Damaged)?;
         let (content, digest) = bytes.split_at(content_len);

@@ -1,8 +1,8 @@
-//! openmls's key-value storage, one for each group and each unused key package, so that a failed
-//! Welcome is undone by dropping what it touched.
+//! openmls's key-value storage: one for each group and each unused KeyPackage. Dropping the storage
+//! undoes a failed Welcome.
 //!
-//! A store is loaded from the database as a whole and written back value by value: only what
-//! changed. openmls itself meets no failing storage, so its errors are about messages alone.
+//! A store is loaded from the database as a whole; saving writes only the values that changed.
+//! openmls accesses only memory, so its errors are never those of storage.
 
 use std::collections::HashMap;
 
@@ -28,7 +28,7 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// A second store with the same content, none of it saved.
+    /// Returns a second store with the same content, all of it unsaved.
     pub(crate) fn copy(&self) -> Self {
         let copy = Self::default();
         *copy.memory.storage().values.write().expect(UNPOISONED) =
@@ -36,7 +36,7 @@ impl Store {
         copy
     }
 
-    /// Loads what was saved for `owner`.
+    /// Loads the values of `owner`.
     pub(crate) fn load(database: &Database, owner: &[u8]) -> Result<Self, DatabaseError> {
         let mut store = Self::default();
         let mut values = store.memory.storage().values.write().expect(UNPOISONED);
@@ -50,7 +50,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Saves what has changed since it was loaded or saved.
+    /// Saves the values that have changed since they were loaded or saved.
     pub(crate) fn save(&mut self, database: &Database, owner: &[u8]) -> Result<(), DatabaseError> {
         let values = self.memory.storage().values.read().expect(UNPOISONED);
         for (key, value) in values.iter() {
@@ -73,7 +73,7 @@ impl Store {
         Ok(())
     }
 
-    /// How many bytes [`Store::write`] writes.
+    /// Returns the number of bytes that [`Store::write`] writes.
     pub(crate) fn written_len(&self) -> usize {
         let values = self.memory.storage().values.read().expect(UNPOISONED);
         values.iter().map(|(key, value)| 8 + key.len() + value.len()).sum::<usize>() + 8
@@ -100,7 +100,7 @@ fn read_entry(reader: &mut Reader<'_>) -> Result<(Vec<u8>, Vec<u8>), Malformed> 
     Ok((reader.bytes()?.to_vec(), reader.bytes()?.to_vec()))
 }
 
-/// Owners have keys of different lengths, none of which is the beginning of another's.
+/// Returns the key of a row. No owner is a prefix of another, so keys of different owners differ.
 fn row_key(owner: &[u8], key: &[u8]) -> Vec<u8> {
     [owner, key].concat()
 }

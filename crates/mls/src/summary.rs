@@ -17,19 +17,20 @@ pub struct GroupSummary {
     pub kind: GroupKind,
     pub channel: ChannelId,
     pub creator: IdentityKey,
-    /// By the creator's clock.
+    /// The time of creation by the creator's clock.
     pub created_at: UnixMillis,
+    /// The MLS epoch.
     pub epoch: u64,
     /// The members that add and remove others, and change the group's name.
     pub admins: Vec<IdentityKey>,
-    /// Every account, in the order of the tree; not us once we were removed.
+    /// Every member account, in the order of the tree. After our removal, we are not among them.
     pub members: Vec<Member>,
-    /// `false` once we were removed: nothing more can be sent or read.
+    /// `false` after our removal: no message can be sent or read.
     pub active: bool,
 }
 
 impl GroupSummary {
-    /// The other one of a direct group.
+    /// Returns the other account of a direct group.
     pub fn peer_of(&self, me: &IdentityKey) -> Option<IdentityKey> {
         match &self.kind {
             GroupKind::Direct { peer } if self.creator == *me => Some(*peer),
@@ -77,7 +78,7 @@ impl GroupSummary {
         let epoch = reader.number()?;
         let active = reader.array()? == [1];
         let members = reader.list(Member::from_reader)?;
-        // Of a group whose profile names none.
+        // The admins of a group whose profile names none.
         let profile = Profile { kind, channel, creator, created_at, admins: Vec::new() };
         let keys: Vec<_> = members.iter().map(|member| member.identity).collect();
         let admins = profile.admins_of(&keys);
@@ -85,7 +86,7 @@ impl GroupSummary {
         Ok(Self { id, kind, channel, creator, created_at, epoch, admins, members, active })
     }
 
-    /// The summary of a group that was saved.
+    /// Reads the summary in the row of a group.
     pub(crate) fn parse(row: &[u8]) -> Result<Self, DatabaseError> {
         Ok(Row::parse(row)?.summary)
     }

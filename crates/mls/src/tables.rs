@@ -8,21 +8,22 @@ pub(crate) const ACCOUNT: Table = Table::new(1);
 pub(crate) const MLS: Table = Table::new(2);
 /// The record of each group; that of a direct group is in the lane of the peer.
 pub(crate) const GROUPS: Table = Table::new(3);
-/// Our key packages with their private halves.
+/// Our KeyPackages with their private halves.
 pub(crate) const PACKAGES: Table = Table::new(4);
 /// Messages put aside, in the lane of their group.
 pub(crate) const WAITING: Table = Table::new(5);
-/// Direct groups that nothing is sent to any more.
+/// Direct groups that are not used for sending any more.
 pub(crate) const RETIRED: Table = Table::new(6);
-/// How many of our keys are to be skipped in a group before anything is encrypted.
+/// The number of our keys to skip in a group before the next encryption.
 pub(crate) const SKIPPED: Table = Table::new(7);
-/// Groups that we have left: what is still sent to them is dropped.
+/// Groups that we have left. Later messages to them are dropped.
 pub(crate) const LEFT: Table = Table::new(8);
-/// Requests of strangers, in the lane of their creator. Its rows are counts of what was dropped.
+/// Requests of strangers, in the lane of their creator. The rows of this table count dropped
+/// requests and messages.
 pub(crate) const REQUESTS: Table = Table::new(9);
 /// Messages to groups that wait as requests, in the lane of their group.
 pub(crate) const HELD: Table = Table::new(10);
-/// Groups whose request was declined or dropped: what is still sent to them is dropped.
+/// Groups whose request was declined or dropped. Later messages to them are dropped.
 pub(crate) const DECLINED: Table = Table::new(11);
 /// This device: its id, name, secret seed, and the account's statement about it.
 pub(crate) const DEVICE: Table = Table::new(12);

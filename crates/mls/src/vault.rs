@@ -1,5 +1,5 @@
-//! One encrypted file: a client's secrets on disk, under a key made of the account's password and
-//! what OPAQUE gives its owner alone.
+//! One encrypted file with a client's secrets. Its key is derived from the account's password and
+//! from the OPAQUE export key, which only a login with the password yields.
 //!
 //! Layout: `"QPQV"` · version (1 byte, 1) · salt (16) · nonce (24) · XChaCha20-Poly1305 of the
 //! content, with all that precedes the nonce as associated data. A file is replaced whole or not at
@@ -23,11 +23,13 @@ const HEADER_LEN: usize = MAGIC.len() + 1 + SALT_LEN;
 const SALT_LEN: usize = 16;
 const NONCE_LEN: usize = 24;
 
-/// Argon2id as OWASP and OPAQUE's default have it: 19 MiB, 2 passes, 1 lane.
+/// The parameters of Argon2id that OWASP recommends, and that the OPAQUE library uses by default:
+/// 19 MiB, 2 passes, 1 lane.
 const ARGON2_MEMORY_KIB: u32 = 19 * 1024;
 const ARGON2_PASSES: u32 = 2;
 
-/// The salt: the same password has another key in each vault. Stored in the file, unencrypted.
+/// The salt of a vault, stored in the file, unencrypted. The same password yields a different key
+/// in each vault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Salt([u8; SALT_LEN]);
 
@@ -39,7 +41,7 @@ impl Salt {
     }
 }
 
-/// The key of one vault, with the salt it was made with.
+/// The key of one vault, with the salt from which it was derived.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
 pub struct VaultKey {
     key: [u8; 32],
@@ -48,11 +50,12 @@ pub struct VaultKey {
 }
 
 impl VaultKey {
-    /// HKDF-SHA-256 of Argon2id(password, salt) ‖ `export_key`, the 64 bytes that an OPAQUE login
-    /// gives.
+    /// Derives a key: HKDF-SHA-256 of Argon2id(password, salt) ‖ `export_key`, the 64 bytes that an
+    /// OPAQUE login yields.
     ///
-    /// Takes some 30 ms of one core and 19 MiB. With the file alone, each guess at the password
-    /// needs the server's help; with the server's record as well, each needs this much work.
+    /// The derivation takes some 30 ms of one core and 19 MiB. An attacker with the file needs the
+    /// server's help for each guess at the password. An attacker who also has the server's record
+    /// needs this much work for each.
     pub fn derive(password: &[u8], export_key: &[u8; 64], salt: Salt) -> Self {
         let params = Params::new(ARGON2_MEMORY_KIB, ARGON2_PASSES, 1, Some(32))
             .expect("the parameters are valid");
@@ -68,7 +71,8 @@ impl VaultKey {
         Self { key, salt }
     }
 
-    /// A key that was kept elsewhere, such as in the system's keyring: [`VaultKey::to_bytes`].
+    /// Restores a key that was kept elsewhere, such as in the system's keyring, from the output of
+    /// [`VaultKey::to_bytes`].
     pub fn from_bytes(bytes: &[u8; 48]) -> Self {
         let (mut key, mut salt) = ([0; 32], [0; SALT_LEN]);
         key.copy_from_slice(&bytes[..32]);
@@ -76,7 +80,7 @@ impl VaultKey {
         Self { key, salt: Salt(salt) }
     }
 
-    /// Key and salt, to be kept as secret as the vault's content.
+    /// Returns key and salt, to be kept as secret as the vault's content.
     pub fn to_bytes(&self) -> Zeroizing<[u8; 48]> {
         let mut bytes = Zeroizing::new([0; 48]);
         bytes[..32].copy_from_slice(&self.key);
@@ -99,7 +103,7 @@ impl fmt::Debug for VaultKey {
     }
 }
 
-/// Why a vault could not be read or written.
+/// The error of reading or writing a vault.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
     #[error("{0} (check that the directory exists, is yours and has space)")]
@@ -108,7 +112,7 @@ pub enum VaultError {
     NotAVault,
     #[error("the vault was written by a newer version: update this client")]
     Newer,
-    #[error("the vault does not open: the password is another one, or the file is damaged")]
+    #[error("the vault does not open: the password is wrong, or the file is damaged")]
     WrongKeyOrDamaged,
 }
 
@@ -134,7 +138,7 @@ pub fn open(key: &VaultKey, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, VaultEr
         .map_err(|_| VaultError::WrongKeyOrDamaged)
 }
 
-/// The salt of sealed bytes, with which to derive their key.
+/// Returns the salt of sealed bytes, from which their key is derived.
 pub fn salt_of(sealed: &[u8]) -> Result<Salt, VaultError> {
     let header = sealed.get(..HEADER_LEN).ok_or(VaultError::NotAVault)?;
     match (&header[..4] == MAGIC, header[4]) {
@@ -148,18 +152,20 @@ pub fn salt_of(sealed: &[u8]) -> Result<Salt, VaultError> {
     }
 }
 
-/// The salt of the vault at `path`; `None` if there is no file.
+/// Returns the salt of the vault at `path`; `None` if there is no file.
 pub fn read_salt(path: &Path) -> Result<Option<Salt>, VaultError> {
     read_file(path)?.map(|sealed| salt_of(&sealed)).transpose()
 }
 
-/// The content of the vault at `path`; `None` if there is no file.
+/// Returns the content of the vault at `path`; `None` if there is no file.
 pub fn read(path: &Path, key: &VaultKey) -> Result<Option<Zeroizing<Vec<u8>>>, VaultError> {
     read_file(path)?.map(|sealed| open(key, &sealed)).transpose()
 }
 
-/// Replaces the vault at `path`. When this returns, the new content is on the disk; if it fails or
-/// the machine does, the old is. One process at a time may write one vault.
+/// Replaces the vault at `path`. Only one process at a time may write a vault.
+///
+/// When this function returns, the new content is on the disk. After an error or a crash, the old
+/// content is intact.
 pub fn write(path: &Path, key: &VaultKey, content: &[u8]) -> Result<(), VaultError> {
     Ok(qpq_durable_file::replace(path, &seal(key, content), 0o600)?)
 }
@@ -183,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_only_its_owner_can() {
+    fn written_content_is_read_and_the_file_is_private() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         assert!(read(&path, &key(1)).unwrap().is_none());
@@ -197,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_that_fails_leaves_the_old_content_and_what_a_crash_left_is_no_hindrance() {
+    fn a_failed_write_keeps_the_old_content_and_a_file_left_by_a_crash_is_ignored() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("state");
         write(&path, &key(1), b"old").unwrap();
@@ -241,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn password_export_key_and_salt_all_make_the_key() {
+    fn the_key_depends_on_password_export_key_and_salt() {
         let (salt, other_salt) = (Salt([1; 16]), Salt([2; 16]));
         let derived = VaultKey::derive(b"password", &[3; 64], salt);
         assert_eq!(derived.to_bytes(), VaultKey::derive(b"password", &[3; 64], salt).to_bytes());

@@ -1,9 +1,8 @@
-//! Messages that arrived before what they need: for a group whose Welcome is still on its way, or
-//! for an epoch whose commit is.
+//! Messages that arrived before the Welcome of their group or the commit that leads to their epoch.
 //!
-//! They are put aside within bounds, in the order of arrival, and tried again when the group has
-//! moved. Nothing leaves here unseen: what exceeds the bounds or waits too long is returned to the
-//! caller as a [`PutAside`].
+//! Such messages are put aside within bounds, in the order of arrival, and processed once the group
+//! is joined or has advanced. No message is dropped silently: one that exceeds the bounds or waits
+//! too long is returned to the caller as a [`PutAside`].
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -17,16 +16,19 @@ use crate::{
     tables::WAITING,
 };
 
-/// The most messages that wait for groups unknown here, and the most that wait for epochs of known
-/// groups. Two bounds, so that invented groups cannot displace what a real one needs.
+/// The maximum number of messages that wait for groups unknown here, and of those that wait for
+/// epochs of known groups. The two are bounded separately, so that messages to invented groups
+/// cannot displace those of a real one.
 const MAX_MESSAGES: u64 = 256;
 
-/// The most bytes that wait, for each of the two.
+/// The maximum total size of the messages, in bytes, for each of the two.
 const MAX_BYTES: u64 = 8 * 1024 * 1024;
 
-/// How long a message waits. Clients send with the default time to live of 30 days, so a Welcome or
-/// commit that was sent before the message has expired by then; the day is for one that its
-/// sender's client had not sent yet.
+/// The time for which a message waits.
+///
+/// Clients send with the default time to live of 30 days. After that time a Welcome or commit that
+/// was sent before the message has expired. One day is added for a Welcome or commit that its
+/// author's client sends only after the message.
 pub(crate) const RETENTION: Duration = Duration::from_secs(31 * 24 * 3600);
 
 /// The key of the row that holds the totals.
@@ -38,7 +40,7 @@ pub(crate) enum Needs {
     Commit,
 }
 
-/// A message that waits, or waited.
+/// A message that waits or has waited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PutAside {
     pub(crate) group: GroupId,
@@ -86,7 +88,8 @@ impl Totals {
     }
 }
 
-/// Puts a message aside; returns the oldest that need the same, if there are too many.
+/// Puts a message aside. If too many wait, removes and returns the oldest of those with the same
+/// need.
 pub(crate) fn put_aside(
     database: &Database,
     message: &PutAside,
@@ -163,7 +166,7 @@ pub(crate) fn groups(
     }
 }
 
-/// Removes and returns what waits for `group`.
+/// Removes and returns the messages that wait for `group`.
 pub(crate) fn remove_group(
     database: &Database,
     group: &GroupId,
@@ -171,7 +174,7 @@ pub(crate) fn remove_group(
     remove_some(database, of_group(database, group)?)
 }
 
-/// Removes and returns what `is_over` says waits in vain.
+/// Removes and returns the messages for which `is_over` returns `true`.
 pub(crate) fn remove_if(
     database: &Database,
     is_over: impl Fn(&PutAside) -> bool,
@@ -262,7 +265,7 @@ impl PutAside {
         })
     }
 
-    /// Reads what an earlier version saved; it did not note the arrival.
+    /// Reads a message in the format of earlier releases, which did not save the arrival.
     pub(crate) fn read_legacy(
         reader: &mut Reader<'_>,
         arrival: Arrival,

@@ -36,11 +36,11 @@ Exit codes:
   130  interrupted
   141  nobody reads standard output any more";
 
-/// The longest time that can be waited for: a year.
+/// The maximum waiting time, in seconds: a year.
 const MAX_SECONDS: u64 = 365 * 24 * 60 * 60;
 
-// Help is shown as it stands here: no line is longer than a terminal is wide, and the first one,
-// which lists show, has no full stop.
+// Help is shown exactly as written here. A line has at most 80 columns. The first one, which lists
+// show, has no full stop.
 
 /// End-to-end encrypted chat over QUIC
 ///
@@ -63,11 +63,11 @@ pub(crate) struct Global {
     #[arg(short, long, global = true, value_name = "NAME", env = "QPQ_PROFILE")]
     #[arg(default_value = ProfileName::DEFAULT, hide_env = true, hide_default_value = true, help_heading = "Account")]
     pub(crate) profile: ProfileName,
-    /// Where profiles are [env: QPQ_HOME]
+    /// Directory of the profiles [env: QPQ_HOME]
     #[arg(long, global = true, value_name = "DIR", env = "QPQ_HOME", hide_env = true)]
     #[arg(help_heading = "Account")]
     pub(crate) home: Option<PathBuf>,
-    /// Where the password is [env: QPQ_PASSWORD, itself]
+    /// File of the password [env: QPQ_PASSWORD, itself]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Account")]
     pub(crate) password_file: Option<PathBuf>,
     /// Server to register with [env: QPQ_SERVER]
@@ -167,7 +167,7 @@ pub(crate) enum Command {
     },
     /// Show who you are, where, and whether you are logged in
     Whoami,
-    /// Ask the server how it is; needs no account
+    /// Show the health of the server; needs no account
     Health,
     /// Chat with a user or a group: type lines, see theirs as they come
     ///
@@ -181,7 +181,7 @@ pub(crate) enum Command {
         /// A user, or a group that you are in; @bob is always the user
         #[arg(value_name = "USER|GROUP")]
         to: Recipient,
-        /// In scripts: stay so long after the input has ended
+        /// In scripts: stay this long after the input has ended
         #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
         #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_SECONDS))]
         linger: u64,
@@ -210,7 +210,7 @@ pub(crate) enum Command {
         /// Go on as messages come, until interrupted
         #[arg(short, long)]
         follow: bool,
-        /// Wait at most so long; with --follow: end after it
+        /// Wait at most this long; with --follow: end after it
         #[arg(short, long, value_name = "SECONDS")]
         #[arg(value_parser = clap::value_parser!(u64).range(..=MAX_SECONDS))]
         timeout: Option<u64>,
@@ -296,7 +296,7 @@ pub(crate) enum Command {
     ///   qpq completions bash > ~/.local/share/bash-completion/completions/qpq
     #[command(verbatim_doc_comment)]
     Completions {
-        /// Which one
+        /// The shell
         #[arg(hide_possible_values = true)]
         shell: Shell,
     },
@@ -306,7 +306,7 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Whom {
-    /// Who
+    /// The user
     pub(crate) user: Option<Username>,
     /// Their identity instead of a name
     #[arg(long, value_name = "IDENTITY", value_parser = identity)]
@@ -327,7 +327,7 @@ fn identity(text: &str) -> Result<IdentityKey, &'static str> {
 pub(crate) enum Recipient {
     /// `@bob`: certainly a user.
     User(Username),
-    /// `bob`: whichever there is.
+    /// `bob`: a user or a group, whichever there is.
     Either(String),
 }
 
@@ -345,12 +345,12 @@ impl FromStr for Recipient {
     }
 }
 
-/// A profile's name; a safe file name.
+/// A profile's name, which is a safe file name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ProfileName(String);
 
 impl ProfileName {
-    /// The one that is used when none is named.
+    /// The name that is used if none is given.
     pub(crate) const DEFAULT: &str = "default";
 
     pub(crate) fn as_str(&self) -> &str {
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn global_options_go_before_and_behind_the_command() {
+    fn global_options_go_before_or_after_the_command() {
         for line in ["qpq -p bob --server a:1 send carol -", "qpq send carol - --server a:1 -p bob"]
         {
             let cli = parse(line).unwrap();

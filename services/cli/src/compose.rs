@@ -21,13 +21,13 @@ pub(crate) struct Environment {
     pub(crate) runtime_dir: Option<OsString>,
     pub(crate) data_home: Option<PathBuf>,
     pub(crate) user_home: Option<PathBuf>,
-    /// The server of accounts to be made.
+    /// The server of new accounts.
     pub(crate) server: Option<String>,
     pub(crate) no_color: bool,
 }
 
 impl Environment {
-    /// The process's own.
+    /// Reads the environment of the process.
     pub(crate) fn read() -> Result<Self, CliError> {
         let set = |name| env::var_os(name).filter(|value| !value.is_empty());
         let password = set("QPQ_PASSWORD")
@@ -112,12 +112,12 @@ impl Context {
         self.server.as_ref()
     }
 
-    /// Returns the proof of the server that the command line names.
+    /// Returns the proof of the server's identity that the command line names.
     pub(crate) fn named_trust(&self) -> Option<&Trust> {
         self.trust.as_ref()
     }
 
-    /// Returns the connection options for the server named, or else for the profile's.
+    /// Returns the connection options for the named server or, without one, for the profile's.
     pub(crate) fn any_options(&self) -> Result<Options, CliError> {
         match Profile::read(&self.dir()) {
             Ok(profile) if self.server.as_ref().is_none_or(|server| *server == profile.server) => {
@@ -127,8 +127,8 @@ impl Context {
         }
     }
 
-    /// Returns the connection options of the profile, with those of the command line instead where
-    /// given.
+    /// Returns the connection options of the profile, with those of the command line in their
+    /// place.
     pub(crate) fn options(&self, profile: &Profile) -> Options {
         let mut options = profile.options();
         if let Some(server) = &self.server {

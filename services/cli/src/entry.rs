@@ -1,4 +1,4 @@
-//! How what happened in conversations is shown: a line for people, an object for programs.
+//! The display of entries: a line for people, an object for programs.
 
 use std::{
     collections::HashMap,
@@ -17,7 +17,7 @@ use crate::{
     text,
 };
 
-/// Entries younger than this need no age.
+/// The age from which an entry is shown with its age.
 const FRESH: Duration = Duration::from_secs(60);
 
 /// The groups' names, for entries that name them by id alone.
@@ -38,7 +38,7 @@ impl GroupNames {
     }
 }
 
-/// Where an entry is shown.
+/// The place where an entry is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     /// Among the entries of all conversations. The entry names its own.
@@ -47,7 +47,7 @@ pub(crate) enum Place {
     Chat,
 }
 
-/// An entry on its way to the reader.
+/// An entry, with all that is needed to show it.
 #[derive(Debug)]
 pub(crate) struct EntryReport<'a> {
     pub(crate) entry: &'a Entry,
@@ -80,7 +80,7 @@ struct Object<'a> {
     /// The name of a device.
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<&'a str>,
-    /// The name of a group that is asked for, or the new name of one.
+    /// The name of the group of a request, or the new name of a group.
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,12 +105,12 @@ pub(crate) struct ConversationObject<'a> {
     name: Option<&'a str>,
 }
 
-/// A person, as every command's JSON has them.
+/// A person, as in the JSON of every command.
 #[derive(Debug, Serialize)]
 pub(crate) struct PersonObject<'a> {
     username: &'a str,
     identity: String,
-    /// Whether the name can be relied on: `own`, `confirmed`, `claimed`, `refuted` or `new_key`.
+    /// The verification of the name: `own`, `confirmed`, `claimed`, `refuted` or `new_key`.
     standing: &'static str,
 }
 
@@ -214,7 +214,7 @@ impl Report for EntryReport<'_> {
 }
 
 impl EntryReport<'_> {
-    /// The entry as people read it; several lines if its text has several.
+    /// Returns the entry for people; several lines if its text has several.
     pub(crate) fn line(&self, style: Style) -> String {
         let place = match (self.place, self.entry.conversation) {
             (Place::Anywhere, Some(id @ ConversationId::Group(_))) => {
@@ -318,12 +318,12 @@ impl EntryReport<'_> {
             Event::Undeliverable { to, reason } => {
                 format!("not delivered to {}: {}", name(to), text::line(reason))
             }
-            // The others are messages, or concern the account.
+            // The other events are messages, or concern the account.
             _ => String::new(),
         }
     }
 
-    /// Describes how members ceased to be in a group.
+    /// Describes the removal or the leaving of members.
     fn removal(&self, by: Option<&Person>, members: &[Person]) -> String {
         let is_own = |person: &Person| person.standing == Standing::Own;
         let are_own = members.iter().any(is_own);
@@ -379,7 +379,7 @@ pub(crate) fn delivery_name(delivery: DeliveryState) -> &'static str {
     }
 }
 
-/// Describes the request of a stranger, to follow the stranger's name.
+/// Describes the request of a stranger, as a phrase after the stranger's name.
 pub(crate) fn wish(group: Option<&str>) -> String {
     match group {
         Some(name) => format!("wants to add you to the group {}", text::line(name)),
@@ -387,12 +387,12 @@ pub(crate) fn wish(group: Option<&str>) -> String {
     }
 }
 
-/// A person's name, with a mark if it cannot be relied on.
+/// Returns a person's name, with a mark if it is not verified.
 pub(crate) fn name(person: &Person) -> String {
     text::line(&person.to_string()).to_string()
 }
 
-/// Several people's names.
+/// Returns several people's names.
 pub(crate) fn names(people: &[Person]) -> String {
     people.iter().map(name).collect::<Vec<_>>().join(", ")
 }
@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn who_left_and_who_was_removed_by_which_member_is_said() {
+    fn members_that_left_are_distinguished_from_removed_ones() {
         let carol = Person {
             identity: IdentityKey::new([2; 32]),
             username: Username::parse("carol").unwrap(),

@@ -8,7 +8,7 @@ use qpq_ports::{Clock as _, SystemClock};
 
 use crate::{args::ProfileName, text};
 
-/// How the process ends; listed in `qpq help`.
+/// The exit code of the process, which `qpq help` lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     Failure = 1,
@@ -33,7 +33,7 @@ impl From<Exit> for ExitCode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct CliError {
     pub(crate) exit: Exit,
-    /// Stable: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
+    /// The stable code: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
     pub(crate) code: Cow<'static, str>,
     pub(crate) message: String,
     /// The advice what to do next, if there is any.
@@ -51,12 +51,12 @@ impl CliError {
         self
     }
 
-    /// A file or directory could not be used.
+    /// Returns the error about a file or directory that cannot be used.
     pub(crate) fn io(what: impl fmt::Display, error: &io::Error) -> Self {
         Self::new(Exit::Failure, "client.io", format_args!("{what}: {error}"))
     }
 
-    /// Standard output could not be written.
+    /// Returns the error about a failed write to standard output.
     pub(crate) fn output(error: &io::Error) -> Self {
         let failed = Self::io("cannot write to standard output", error);
         match error.kind() {
@@ -73,8 +73,8 @@ impl CliError {
         Self::new(Exit::Interrupted, "client.interrupted", "interrupted")
     }
 
-    /// Puts the profile into the command that the hint tells to run: typed as it is shown, it must
-    /// not reach another.
+    /// Adds the profile to the command in the hint. If a person types it as shown, it must not
+    /// affect another profile.
     #[must_use]
     pub(crate) fn in_profile(mut self, profile: &ProfileName) -> Self {
         self.hint = self
@@ -272,7 +272,7 @@ fn refused(refusal: &qpq_client::ServerError) -> CliError {
     }
 }
 
-/// The server's code if it looks like one.
+/// Returns the server's code if it has the form of a code, otherwise `fallback`.
 fn or(code: &str, fallback: &'static str) -> Cow<'static, str> {
     let is_code = !code.is_empty()
         && code.bytes().all(|b| b.is_ascii_lowercase() || matches!(b, b'.' | b'_'));
@@ -293,7 +293,8 @@ impl From<ConnectError> for CliError {
                 )
             }
             ConnectError::Untrusted { reason } => {
-                // Of some reasons the library tells the insides: nobody can use those.
+                // To some reasons the library adds internal values, which are of no use to a
+                // person.
                 let reason = reason.split(" {").next().unwrap_or_default();
                 let message =
                     format!("the server's certificate is not trusted: {}", text::line(reason));
@@ -358,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_keeps_its_code_and_cannot_drive_the_terminal() {
+    fn a_refusal_keeps_its_code_and_cannot_control_the_terminal() {
         let error = server(Status::RateLimited, "delivery.queue_full");
         assert_eq!((error.exit, &*error.code), (Exit::Failure, "delivery.queue_full"));
         assert!(error.message.contains("No.\\u{1b}[2J"), "{}", error.message);
@@ -367,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_session_says_to_log_in() {
+    fn an_ended_session_has_the_hint_to_log_in() {
         let error = server(Status::Unauthorized, "auth.session_expired");
         assert_eq!((error.exit, &*error.code), (Exit::NotLoggedIn, "auth.session_expired"));
         assert_eq!(error.hint.as_deref(), Some("run `qpq login`"));

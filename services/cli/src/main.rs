@@ -1,6 +1,6 @@
-//! `qpq`, the messenger for the terminal: parses the command line, runs one command, says how it
-//! went by text and exit code. `args` has what can be typed, `commands` what it does, `compose`
-//! what every command works with.
+//! `qpq`, the messenger for the terminal: parses the command line, runs one command, and reports
+//! the result by text and exit code. `args` defines the command line, `commands` has the commands,
+//! and `compose` builds the context of every command.
 
 mod args;
 mod chat;
@@ -35,7 +35,7 @@ use crate::{
     output::{Format, Output},
 };
 
-/// How long a thread that waits for a person's input is waited for at the end.
+/// The maximum time to wait, at the end, for a thread that reads a person's input.
 const GOODBYE: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
@@ -73,7 +73,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
     done
 }
 
-/// Answers a command line that cannot be understood, or one that asks for help.
+/// Reports a command line that is invalid, or shows the help that it asks for.
 fn misuse(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args_os().any(|arg| arg == "--json");
     match error.kind() {
@@ -96,7 +96,7 @@ fn misuse(error: &clap::Error) -> ExitCode {
     }
 }
 
-/// Our own words alone: what the libraries under us say is not checked for secrets.
+/// Logs the events of this project only: those of libraries are not checked for secrets.
 fn log(verbosity: u8) {
     let level = match verbosity {
         0 => LevelFilter::ERROR,

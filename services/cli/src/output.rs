@@ -11,10 +11,9 @@ use crate::{
     text,
 };
 
-/// Something a command has to say. Its JSON form is the derived one: the keys are an interface and
-/// stay.
+/// The output of a command. Its JSON form is the derived one: the keys are an interface and stay.
 pub(crate) trait Report: Serialize {
-    /// The same for people; whole lines.
+    /// Writes the output for people, in whole lines.
     fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()>;
 }
 
@@ -48,11 +47,11 @@ impl Style {
     }
 }
 
-/// Where a command's words go.
+/// The form and the destination of a command's output.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Output {
     pub(crate) format: Format,
-    /// Of standard output.
+    /// The style of standard output.
     pub(crate) style: Style,
 }
 
@@ -79,7 +78,7 @@ impl Output {
         self.print(&out)
     }
 
-    /// Puts bytes on standard output as they are.
+    /// Writes bytes to standard output as they are.
     pub(crate) fn print(&self, bytes: &[u8]) -> Result<(), CliError> {
         let mut stdout = io::stdout().lock();
         stdout

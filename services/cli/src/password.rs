@@ -1,4 +1,4 @@
-//! Where passwords come from: a file, QPQ_PASSWORD, or the person at the terminal, unseen.
+//! The sources of passwords: a file, QPQ_PASSWORD, or the person at the terminal, unseen.
 
 use std::{
     fs,
@@ -15,10 +15,10 @@ use crate::{
     output::Output,
 };
 
-/// Shorter ones are advised against.
+/// The length, in characters, below which a password is advised against.
 const ADVISED_CHARS: usize = 12;
 
-/// Where to take the password from.
+/// The source of the password.
 #[derive(Clone)]
 pub(crate) enum Source {
     File(PathBuf),
@@ -37,7 +37,7 @@ impl std::fmt::Debug for Source {
 }
 
 impl Source {
-    /// The password of an account that exists.
+    /// Returns the password of an existing account.
     pub(crate) async fn known(&self) -> Result<Password, CliError> {
         let password = match self {
             Self::Terminal => {
@@ -49,7 +49,7 @@ impl Source {
         Ok(Password::new(password))
     }
 
-    /// The password of an account to be made; asked for twice.
+    /// Returns the password of a new account, which a person types twice.
     pub(crate) async fn chosen(&self, output: &Output) -> Result<Password, CliError> {
         let password = match self {
             Self::Terminal => {
@@ -105,7 +105,7 @@ fn checked(password: &str) -> Result<(), CliError> {
     Ok(())
 }
 
-/// While it lives, the terminal shows nothing of what is typed.
+/// Hides what is typed at the terminal until the value is dropped.
 struct Unseen {
     terminal: fs::File,
     before: Termios,
@@ -124,19 +124,19 @@ impl Unseen {
 
 impl Drop for Unseen {
     fn drop(&mut self) {
-        // A terminal that is gone needs no restoring.
+        // A terminal that was closed needs no restoring.
         let _ = tcsetattr(&self.terminal, SetArg::TCSANOW, &self.before);
     }
 }
 
-/// Reads a line for each prompt from the terminal without showing it, wherever standard input comes
-/// from.
+/// Reads a line for each prompt from the terminal without showing it, even if standard input is not
+/// the terminal.
 async fn ask<const N: usize>(
     prompts: [&'static str; N],
 ) -> Result<[Zeroizing<String>; N], CliError> {
     let typed = tokio::task::spawn_blocking(move || {
-        // Before the first prompt and between them too: what is typed or pasted early must not be
-        // shown either.
+        // Also hides the input before the first prompt and between prompts, which may be typed or
+        // pasted early.
         let _unseen = Unseen::begin()?;
         let mut typed = prompts.map(|_| Zeroizing::default());
         for (line, prompt) in typed.iter_mut().zip(prompts) {

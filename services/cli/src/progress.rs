@@ -9,7 +9,7 @@ use crate::output::Format;
 /// The time after which progress is shown.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Whether to show anything: to a person at a terminal alone.
+/// Whether progress is shown: only to a person at a terminal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
     Shown,
@@ -25,8 +25,8 @@ impl Progress {
         }
     }
 
-    /// Runs `work`; when it takes long, a spinner with `what` turns on standard error and vanishes
-    /// at the end.
+    /// Runs `work`. If `work` takes long, shows a spinner with `what` on standard error until the
+    /// end.
     pub(crate) async fn during<T>(self, what: &'static str, work: impl Future<Output = T>) -> T {
         if self == Self::Silent {
             return work.await;
@@ -47,7 +47,7 @@ impl Progress {
     }
 }
 
-/// Removes the spinner, also when the work is given up.
+/// Removes the spinner, also when the work is dropped.
 struct Cleared(ProgressBar);
 
 impl Drop for Cleared {

@@ -1,5 +1,5 @@
-//! Other people's text on our terminal. A message must not be able to move the cursor, change
-//! colours, set the title, reorder what is read or look like a line of another person.
+//! The display of other people's text on a terminal. A message must not be able to move the cursor,
+//! change colours, set the title, reorder other text or look like a line of another person.
 
 use std::{
     borrow::Cow,
@@ -12,7 +12,8 @@ use unicode_normalization::char::is_combining_mark;
 /// The prefix of each further line of a message, so that no line of it passes for another message.
 const CONTINUATION: &str = "\n  | ";
 
-/// Shows a text on one line or, for a message of several lines, with each further one marked.
+/// A text for display on one line or, if it is a message, on several, with each further line
+/// marked.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Safe<'a> {
     text: &'a str,
@@ -25,23 +26,23 @@ enum Lines {
     Many,
 }
 
-/// For names and everything else that is one line.
+/// Returns a name, or another text of one line, for display.
 pub(crate) fn line(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::One }
 }
 
-/// For messages.
+/// Returns a message for display.
 pub(crate) fn message(text: &str) -> Safe<'_> {
     Safe { text, lines: Lines::Many }
 }
 
-/// A number of things, as people say it.
+/// Returns a number with its noun, such as `1 member` and `2 members`.
 pub(crate) fn count(number: usize, thing: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {thing}{plural}")
 }
 
-/// Names as people list them: `bob, carol and dave`.
+/// Returns names as a list: `bob, carol and dave`.
 pub(crate) fn list(names: &[String]) -> String {
     match names {
         [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
@@ -49,10 +50,11 @@ pub(crate) fn list(names: &[String]) -> String {
     }
 }
 
-/// JSON with everything that [`message`] would escape written as `\u` sequences, which mean the
-/// same there.
+/// Returns JSON in which each character that [`message`] would escape is a `\u` sequence, which
+/// means the same there.
 pub(crate) fn json(object: &str) -> Cow<'_, str> {
-    // Outside of strings JSON has none of these characters, and inside any may be written so.
+    // Only strings of JSON contain these characters, and any character of a string may be written
+    // so.
     if !object.contains(is_dangerous) {
         return Cow::Borrowed(object);
     }
@@ -69,12 +71,12 @@ pub(crate) fn json(object: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// A point in time as people write it: `2026-11-28 14:05 UTC`.
+/// Returns a point in time as text: `2026-11-28 14:05 UTC`.
 pub(crate) fn utc(at: UnixMillis) -> String {
     let minutes = at.0 / 60_000;
     let (days, minute) = (minutes / (24 * 60), minutes % (24 * 60));
-    // Counted from 0000-03-01, so that the leap day is the last of its year (Howard Hinnant,
-    // "chrono-Compatible Low-Level Date Algorithms").
+    // Days are counted from 0000-03-01, so that the leap day is the last of its year (Howard
+    // Hinnant, "chrono-Compatible Low-Level Date Algorithms").
     let days = days + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
@@ -108,9 +110,10 @@ impl fmt::Display for Safe<'_> {
     }
 }
 
-/// Control characters (C0, DEL, C1), line and paragraph separators, and the invisible characters
-/// that change the order or the identity of what is read (Unicode Technical Report 36). The joiners
-/// stay: emoji and several scripts need them.
+/// Returns whether a character could mislead the reader: a control character (C0, DEL, C1), a line
+/// or paragraph separator, or an invisible character that changes the order or the identity of the
+/// text (Unicode Technical Report 36). The joiners are allowed: emoji and several scripts need
+/// them.
 fn is_dangerous(c: char) -> bool {
     c.is_control()
         || matches!(c,
@@ -163,12 +166,12 @@ mod tests {
         ] {
             assert_eq!(utc(UnixMillis(millis)), expected);
         }
-        // No value panics.
+        // No value causes a panic.
         utc(UnixMillis(u64::MAX));
     }
 
     #[test]
-    fn nothing_drives_the_terminal() {
+    fn texts_cannot_control_the_terminal() {
         assert_eq!(message("\x1b[2J\x07").to_string(), "\\u{1b}[2J\\u{7}");
         assert_eq!(message("\x1b]0;title\x1b\\").to_string(), "\\u{1b}]0;title\\u{1b}\\");
         assert_eq!(message("a\rb").to_string(), "a\\u{d}b");
@@ -181,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn json_says_the_same_and_drives_no_terminal_either() {
+    fn json_has_the_same_content_and_cannot_control_the_terminal() {
         let text = "a\u{9b}\u{7f}\u{202e}\u{e0041}\x1b\nü";
         let object = serde_json::to_string(text).unwrap();
         let safe = json(&object);

@@ -1,9 +1,9 @@
-//! The key that opens a profile, kept between `qpq login` and `qpq logout` where it goes with the
-//! machine's power: in a file of a memory file system that its owner alone can read.
+//! The key that opens a profile, kept between `qpq login` and `qpq logout`: in a file of a memory
+//! file system, which only its owner can read and which does not survive a reboot.
 //!
-//! Places, in this order: `$XDG_RUNTIME_DIR/qpq`, `/run/user/UID/qpq`, `/dev/shm/qpq-UID`. One that
-//! is not in memory, or that another user could read or has created, is not used. With none,
-//! commands ask for the password each time.
+//! Places, in this order: `$XDG_RUNTIME_DIR/qpq`, `/run/user/UID/qpq`, `/dev/shm/qpq-UID`. A place
+//! that is not in memory, or that another user could read or has created, is not used. Without a
+//! place, commands ask for the password each time.
 
 use std::{
     ffi::OsStr,
@@ -27,19 +27,19 @@ use zeroize::Zeroizing;
 
 use crate::error::CliError;
 
-/// Key and salt.
+/// The length of key and salt, in bytes.
 const LEN: usize = 48;
 /// The type that `statfs` returns for ramfs; the nix crate has no constant for it.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
-/// Where keys are kept, if there is such a place.
+/// The place where keys are kept, if there is one.
 #[derive(Debug, Clone)]
 pub(crate) struct Keyring {
     dir: Option<PathBuf>,
 }
 
 impl Keyring {
-    /// Finds the place; `runtime_dir` is `$XDG_RUNTIME_DIR`.
+    /// Finds the place. `runtime_dir` is `$XDG_RUNTIME_DIR`.
     pub(crate) fn find(runtime_dir: Option<&OsStr>) -> Self {
         let uid = Uid::current();
         let session = runtime_dir.map(PathBuf::from).filter(|dir| dir.is_absolute());
@@ -59,12 +59,12 @@ impl Keyring {
         Self { dir: usable.map(|(_, dir)| dir) }
     }
 
-    /// Whether keys can be kept at all.
+    /// Returns whether there is a place for keys.
     pub(crate) fn exists(&self) -> bool {
         self.dir.is_some()
     }
 
-    /// The key of a profile, if one is kept.
+    /// Returns the key of a profile, if one is kept.
     pub(crate) fn get(&self, profile: &Path) -> Option<VaultKey> {
         let path = self.path(profile)?;
         let mut file = OpenOptions::new()
@@ -82,7 +82,7 @@ impl Keyring {
         Some(VaultKey::from_bytes(&bytes))
     }
 
-    /// Keeps the key of a profile; answers whether there was a place for it.
+    /// Keeps the key of a profile; returns whether there is a place for it.
     pub(crate) fn put(&self, profile: &Path, key: &VaultKey) -> Result<Kept, CliError> {
         let (Some(dir), Some(path)) = (&self.dir, self.path(profile)) else { return Ok(Kept::No) };
         qpq_durable_file::replace(&path, &*key.to_bytes(), 0o600).map(|()| Kept::Yes).map_err(
@@ -101,7 +101,7 @@ impl Keyring {
         }
     }
 
-    /// One file for each profile directory.
+    /// Returns the path of a profile's key: one file for each profile directory.
     fn path(&self, profile: &Path) -> Option<PathBuf> {
         let dir = self.dir.as_ref()?;
         let full = fs::canonicalize(profile).unwrap_or_else(|_| profile.to_owned());
@@ -117,7 +117,7 @@ pub(crate) enum Kept {
     No,
 }
 
-/// Makes `dir` under `parent` if it is missing, and checks that it is ours alone and in memory.
+/// Creates `dir` under `parent` if it is missing, and checks that it is ours alone and in memory.
 fn usable(parent: &Path, dir: &Path) -> Result<(), String> {
     let kind = statfs(parent).map_err(|error| error.to_string())?.filesystem_type();
     if kind != TMPFS_MAGIC && kind != RAMFS_MAGIC {
@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
 
-    /// A directory in memory, as the places are.
+    /// Creates a directory in memory, as the places are.
     fn memory() -> tempfile::TempDir {
         tempfile::tempdir_in("/dev/shm").expect("tests need /dev/shm")
     }

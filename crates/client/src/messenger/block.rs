@@ -1,9 +1,9 @@
-//! People whose messages are refused. The server still accepts what they send; this client
-//! acknowledges it and keeps nothing of it.
+//! Blocked people, whose messages are refused. The server still accepts their messages; this client
+//! acknowledges and drops them.
 //!
-//! A Welcome of theirs is not followed, and what is sent to a group that they made is dropped. In
-//! groups that we were in before, their messages are decrypted, so that the keys stay in step, and
-//! then dropped. Their changes of such a group still enter its history: they concern all members.
+//! Their Welcomes are not followed, and messages to groups that they created are dropped. In groups
+//! that we were in before, their messages are decrypted, so that the keys stay in step, and then
+//! dropped. Their changes of such a group still enter its history: they concern all members.
 
 use std::collections::BTreeSet;
 
@@ -52,7 +52,7 @@ impl Messenger {
         Ok(was_blocked)
     }
 
-    /// Everyone whose messages are refused.
+    /// Returns everyone whose messages are refused.
     pub async fn blocked(&self) -> Result<Vec<Person>, Error> {
         self.store()
             .read(|state| {
@@ -78,14 +78,14 @@ impl State {
         self.database().delete(BLOCKED, identity.as_bytes())
     }
 
-    /// The keys of everyone whose messages are refused.
+    /// Returns the keys of everyone whose messages are refused.
     pub(super) fn blocked(&self) -> Result<BTreeSet<IdentityKey>, DatabaseError> {
         let damaged = |_| DatabaseError::Damaged("a blocked key is cut short".into());
         let rows = self.database().all(BLOCKED)?;
         rows.iter().map(|row| IdentityKey::try_from(&row[..]).map_err(damaged)).collect()
     }
 
-    /// Whether this person's messages are refused.
+    /// Returns whether this person's messages are refused.
     pub(super) fn is_blocked(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
         Ok(self.database().get(BLOCKED, identity.as_bytes())?.is_some())
     }

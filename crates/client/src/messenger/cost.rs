@@ -79,13 +79,13 @@ impl Peer {
     }
 }
 
-/// The bytes that this process has passed to `write` and the like.
+/// Returns the number of bytes that this process has passed to `write` and similar calls.
 fn written() -> u64 {
     let io = std::fs::read_to_string("/proc/self/io").unwrap();
     io.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().parse().unwrap()
 }
 
-/// The bytes written for one message, received alone and in a page of 100.
+/// Returns the bytes written for one message, received alone and in a page of 100.
 fn measure(dir: &Path, conversations: usize, entries: usize) -> [u64; 2] {
     let key = VaultKey::from_bytes(&[1; 48]);
     let path = dir.join(format!("{conversations}-{entries}.db"));

@@ -25,7 +25,8 @@ use crate::{error::Error, link::ConnectionEvent};
 
 const KEY: &[u8] = b"qpq/decision-key/1";
 const CHANNEL: &[u8] = b"qpq/decision-channel/1";
-/// The age from which a decision is ignored. A younger one that the server repeats is recognized.
+/// The age from which a decision is ignored. A younger one is recognized if the server delivers it
+/// twice.
 const LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -74,9 +75,9 @@ pub(super) enum Decision {
     Accepted(GroupId),
     /// The request was declined.
     Declined(GroupId),
-    /// What the person sends is refused.
+    /// Messages of the person are refused.
     Blocked(IdentityKey),
-    /// What the person sends is accepted again.
+    /// Messages of the person are accepted again.
     Unblocked(IdentityKey),
     /// The safety number with the person was compared.
     Compared { identity: IdentityKey, username: Username, at: UnixMillis },
@@ -126,13 +127,13 @@ impl Messenger {
             ConnectionEvent::Connected { .. }
         );
         if is_connected && let Err(error) = self.flush().await {
-            tracing::debug!(%error, "the other devices learn of a decision later");
+            tracing::debug!(%error, "decision not sent, retrying later");
         }
     }
 }
 
 impl State {
-    /// Notes that the user has dealings with a person, who is no stranger from now on.
+    /// Notes that the user wrote to a person or added the person, who is no stranger from now on.
     pub(super) fn befriend(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if self.is_acquainted(identity)? {
             return Ok(());
@@ -188,7 +189,7 @@ impl State {
         match decision {
             Decision::Met(identity) => self.meet(&identity)?,
             Decision::Accepted(request) => match self.accept(&request) {
-                // Decided on here, too.
+                // The request was also accepted or declined here.
                 Err(Error::NoSuchRequest) => {}
                 done => drop(done?),
             },
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn decisions_of_a_device_are_adopted_by_the_other_and_by_nobody_else() {
+    fn decisions_of_a_device_are_adopted_by_the_other_device_alone() {
         let [one, mut other] = devices();
         let bob = Username::parse("bob").unwrap();
         one.befriend(&BOB).unwrap();

@@ -18,7 +18,7 @@ use crate::{
 const CANDIDATE: &[u8] = b"device-candidate";
 /// The time at which the server was last asked for the devices of this account.
 const OWN_DEVICES_SINCE: &[u8] = b"own-devices-since";
-/// The number of other devices of this account, as the server said last.
+/// The number of other devices of this account, by the server's last answer.
 pub(super) const OTHER_DEVICES: &[u8] = b"other-devices";
 
 /// Present once the server has said that this device was revoked.
@@ -31,11 +31,11 @@ pub struct OwnDevice {
     pub id: DeviceId,
     /// The name that its owner chose. The people in our conversations see it.
     pub name: String,
-    /// When it was registered, by the server's clock.
+    /// The time of the registration, by the server's clock.
     pub registered_at: UnixMillis,
-    /// When it was last in use, by the server's clock.
+    /// The time of the last use, by the server's clock.
     pub last_seen_at: UnixMillis,
-    /// Whether it is this device.
+    /// Whether this is the device in use.
     pub is_this: bool,
 }
 
@@ -73,7 +73,7 @@ impl Messenger {
         check_name(name)?;
         let device = self.store().read(|state| Ok(state.mls.device().cloned())).await?;
         let renamed = device.ok_or(Error::NoDevice)?.renamed(name);
-        // The server would register it again.
+        // The server would register a revoked device again.
         if self.is_revoked().await {
             return Err(Error::DeviceRevoked);
         }
@@ -81,7 +81,7 @@ impl Messenger {
         self.store()
             .change(move |state| {
                 state.mls.set_device(renamed)?;
-                // Those on the server have the name of before.
+                // The packages on the server have the old name.
                 Ok(state.replace_packages()?)
             })
             .await
@@ -108,7 +108,7 @@ impl Messenger {
         self.update_own_devices().await
     }
 
-    /// Asks for the devices of this account, unless that was done a short time ago.
+    /// Asks the server for the devices of this account, unless it was asked a short time ago.
     pub(super) async fn refresh_own_devices(&self) -> Result<(), Error> {
         let every = self.client().options().devices_every;
         let since = self.store().read(|state| Ok(state.number(OWN_DEVICES_SINCE)?)).await?;
@@ -124,8 +124,8 @@ impl Messenger {
         self.store().read(|state| Ok(state.mls.device().map(Device::id))).await
     }
 
-    /// Returns whether the server says that this device was revoked. Where it cannot be asked, the
-    /// last answer counts.
+    /// Returns whether this device was revoked, by the server's answer or, if it cannot be asked,
+    /// by its last answer.
     pub async fn is_revoked(&self) -> bool {
         if !self.device_id().await.is_ok_and(|id| id.is_some()) {
             return false;
@@ -151,7 +151,7 @@ impl Messenger {
         self.store().read(|state| Ok(state.is_revoked()?)).await
     }
 
-    /// Notes that this device was revoked, and ends its session, which reads no inbox.
+    /// Notes that this device was revoked, and ends its session, with which no inbox can be read.
     pub(super) async fn note_revoked(&self) {
         let noted = self.store().change(|state| {
             let token = state.token()?;
@@ -190,7 +190,7 @@ impl Messenger {
 
 /// Registers this device, unless it is registered, and returns its id.
 ///
-/// An account without devices remains without where the server does not accept devices now.
+/// If the server does not accept devices now, an account without devices remains without.
 pub(super) async fn register_this(
     client: &Client,
     store: &StateStore,
@@ -219,7 +219,7 @@ pub(super) async fn register_this(
         .change(move |state| {
             state.mls.set_device(candidate)?;
             state.database().delete(SETTINGS, CANDIDATE)?;
-            // Those on the server are signed by the identity key.
+            // The packages on the server are signed by the identity key.
             Ok(state.replace_packages()?)
         })
         .await?;
@@ -227,8 +227,8 @@ pub(super) async fn register_this(
     Ok(Some(id))
 }
 
-/// Binds a session of a login without a device to this device, if it is registered: the profile did
-/// not name it yet.
+/// Binds the session of a login without a device to this device, if it is registered. The profile
+/// did not name the device at the time of the login.
 pub(super) async fn bind_session(client: &Client, store: &StateStore) -> Result<(), Error> {
     let device = store.read(|state| Ok((state.mls.device().cloned(), state.is_revoked()?)));
     match device.await? {
@@ -251,7 +251,7 @@ pub(super) async fn register(client: &Client, device: &Device) -> Result<(), Cal
 /// The default name of the device that an account is registered on.
 pub const FIRST_DEVICE: &str = "first device";
 
-/// The most bytes of UTF-8 in a device's name.
+/// The maximum length of a device's name, in bytes of UTF-8.
 pub const MAX_DEVICE_NAME: usize = 64;
 
 pub(super) fn check_name(name: &str) -> Result<(), Error> {
@@ -284,7 +284,7 @@ impl State {
     }
 }
 
-/// The bytes of a device: its id, secret seed, statement and name.
+/// Encodes a device: its id, secret seed, statement and name.
 pub(super) fn encode_device(device: &Device) -> zeroize::Zeroizing<Vec<u8>> {
     let mut bytes = zeroize::Zeroizing::new(Vec::with_capacity(112 + device.name().len()));
     bytes.extend_from_slice(device.id().as_bytes());

@@ -1,4 +1,4 @@
-//! The server's directory: names to keys and back, and the key packages that start a conversation.
+//! The server's directory: names to keys and back, and the KeyPackages that start a conversation.
 
 use std::time::Duration;
 
@@ -16,21 +16,23 @@ use super::{
 };
 use crate::error::{CallError, Error};
 
-/// Our key packages on the server are filled up to this many when fewer than [`FEW`] are left.
+/// The number to which our KeyPackages on the server are filled up when fewer than [`FEW`] are
+/// left.
 const ENOUGH: usize = 20;
 const FEW: u32 = 10;
 
-/// Names asked about concurrently. The creator of a group of thousands cannot make us ask for
-/// thousands.
+/// The maximum number of names that are looked up at a time. A group of thousands must not cause
+/// thousands of calls.
 const NAMES_AT_ONCE: usize = 32;
 
-/// The age at which our key packages are replaced. They are good for 84 days, and inviters refuse
-/// what has less than 31 left.
+/// The age at which our KeyPackages are replaced. They are valid for 84 days, and inviters refuse
+/// those that expire within 31 days.
 const RENEWED_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
-/// How far this machine's clock may be moved back before packages are replaced.
+/// The maximum time by which this machine's clock may be set back without a replacement of
+/// packages.
 const CLOCK_MARGIN: Duration = Duration::from_secs(3600);
 
-/// The effect of an upload of key packages on those that the server already has.
+/// The effect of an upload of KeyPackages on those that the server already has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Upload {
     Adding,
@@ -66,7 +68,7 @@ impl Messenger {
             .await
     }
 
-    /// Returns when this account was registered, by the server's clock.
+    /// Returns the time at which this account was registered, by the server's clock.
     pub async fn registered_at(&self) -> Result<UnixMillis, Error> {
         let request = v1::ResolveIdentityRequest {
             identity_key: self.profile().identity.as_bytes().to_vec().into(),
@@ -96,7 +98,7 @@ impl Messenger {
     }
 
     /// Notes that the safety number with a user was compared and is the same on both sides. Returns
-    /// when.
+    /// the time of the note.
     pub async fn mark_compared(&self, username: &Username) -> Result<UnixMillis, Error> {
         let person = self.resolve(username).await?;
         let at = now();
@@ -112,16 +114,17 @@ impl Messenger {
         Ok(at)
     }
 
-    /// Returns when the safety number with the owner of this key was compared, if it was.
+    /// Returns the time at which the safety number with the owner of this key was compared, if it
+    /// was.
     pub async fn compared_at(&self, identity: &IdentityKey) -> Result<Option<UnixMillis>, Error> {
         let identity = *identity;
         self.store().read(move |state| Ok(state.people.compared_at(&identity)?)).await
     }
 
-    /// Fills up our key packages on the server, so that others can start conversations with us.
+    /// Fills up our KeyPackages on the server, so that others can start conversations with us.
     ///
-    /// All packages are replaced where the old ones would be useless or issued a second time: after
-    /// the server's store went back in time, where the packages were created with a wrong clock,
+    /// All packages are replaced if the old ones would be useless or issued a second time: after
+    /// the server's store went back in time, after the packages were created with a wrong clock,
     /// and every 30 days, so that no client receives a package that is about to expire.
     pub async fn publish_key_packages(&self) -> Result<(), Error> {
         self.publish_key_packages_at(now()).await
@@ -155,7 +158,7 @@ impl Messenger {
                 .await?;
         }
         if replace {
-            // Only now: after a crash in between everything is replaced once more.
+            // Noted after the upload: a crash in between leads to another replacement.
             let replaced = move |state: &mut State| {
                 state.set_number(REPLACE_PACKAGES, None)?;
                 Ok(state.set_number(PACKAGES_SINCE, Some(now.0))?)
@@ -171,7 +174,7 @@ impl Messenger {
         upload: Upload,
         now: UnixMillis,
     ) -> Result<(), Error> {
-        // Saved before they are uploaded: the private halves are in the state.
+        // The packages are saved before the upload, since the state has their private halves.
         let packages =
             self.store().change(move |state| Ok(state.mls.key_packages(count, now)?)).await?;
         let mut packages = packages.into_iter().map(Into::into);
@@ -206,7 +209,8 @@ impl Messenger {
         }
     }
 
-    /// Asks the directory about names that are only claimed so far, some at a time.
+    /// Asks the directory about names that are only claimed so far, up to [`NAMES_AT_ONCE`] at a
+    /// time.
     pub(super) async fn check_names(&self) -> Result<(), Error> {
         let mut unchecked = self.store().read(|state| Ok(state.people.unchecked()?)).await?;
         unchecked.truncate(NAMES_AT_ONCE);
@@ -250,7 +254,7 @@ impl Messenger {
         }
     }
 
-    /// The directory's name for a key.
+    /// Returns the directory's name for a key.
     pub(super) async fn name_of(&self, identity: &IdentityKey) -> Result<Option<Username>, Error> {
         let request = v1::ResolveIdentityRequest {
             identity_key: identity.as_bytes().to_vec().into(),
@@ -264,7 +268,7 @@ impl Messenger {
     }
 }
 
-/// Notes what the directory says about a claim.
+/// Notes the directory's answer about a claimed name.
 fn judge(
     state: &mut State,
     identity: IdentityKey,
@@ -282,12 +286,12 @@ fn judge(
     Ok(())
 }
 
-/// Whether our key packages on the server are to be replaced as a whole.
+/// Returns whether all of our KeyPackages on the server must be replaced.
 fn is_replacement_due(state: &State, now: UnixMillis) -> Result<bool, Error> {
     if state.number(REPLACE_PACKAGES)?.is_some() {
         return Ok(true);
     }
-    // A time ahead of now is that of a clock that was wrong: packages made then are not yet valid.
+    // A time after now is from a wrong clock. Packages of that time are not yet valid.
     let is_due = |since: u64| {
         let since = UnixMillis(since);
         since > now.plus(CLOCK_MARGIN) || since.plus(RENEWED_AFTER) <= now

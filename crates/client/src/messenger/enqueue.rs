@@ -1,4 +1,4 @@
-//! The calls that bring an item of the outbox, and a marker before it, to the server.
+//! The calls that send an item of the outbox, and a marker before it, to the server.
 
 use qpq_domain::IdentityKey;
 use qpq_proto::{Status, methods, v1};
@@ -33,7 +33,7 @@ impl Messenger {
         }
     }
 
-    /// Sends a marker, if one is due, and then the item: in one call where that can be.
+    /// Sends the marker, if one is due, and then the item. Both are sent in one call if possible.
     pub(super) async fn enqueue_marked(
         &self,
         item: &Outgoing,

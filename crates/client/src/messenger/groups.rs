@@ -19,7 +19,7 @@ use super::{
 };
 use crate::error::Error;
 
-/// The most bytes of UTF-8 in a group's name.
+/// The maximum length of a group's name, in bytes of UTF-8.
 pub const MAX_GROUP_NAME: usize = 256;
 
 /// The time between two attempts to join a group by an external commit.
@@ -149,11 +149,12 @@ impl Messenger {
 
     /// Joins a group again by an external commit from the server's GroupInfo.
     ///
-    /// For a device whose state of the group is lost or behind. The other members see it. Messages
-    /// that were sent meanwhile cannot be read; their senders are asked to repeat them.
+    /// For a device whose state of the group is lost or outdated. The other members are shown that
+    /// it joined. Messages that were sent meanwhile cannot be read; their senders are asked to
+    /// repeat them.
     ///
     /// # Errors
-    /// [`Error::NoGroupInfo`] where the server has no GroupInfo of the group.
+    /// [`Error::NoGroupInfo`] if the server has no GroupInfo of the group.
     pub async fn rejoin(&self, group: ConversationId) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         let operation = self.store().read(move |state| Ok(state.rejoin_operation(&id)?)).await?;
@@ -246,7 +247,7 @@ enum Lost {
 }
 
 impl State {
-    /// Refuses a group that we may not change.
+    /// Fails for a group that we may not change.
     fn check_admin(&self, group: &GroupId) -> Result<(), Error> {
         let summary = self.mls.group(group)?.ok_or(Error::NoSuchConversation)?;
         if matches!(summary.kind, GroupKind::Direct { .. }) {
@@ -317,7 +318,7 @@ impl State {
     pub(super) fn was_tried(&self, channel: ChannelId) -> Result<bool, Error> {
         let Some(row) = self.database().get(TRIED, channel.as_bytes())? else { return Ok(false) };
         let at = UnixMillis(row[..].try_into().map(u64::from_be_bytes).unwrap_or(0));
-        // A time ahead of now is that of a clock that was wrong.
+        // A time after now is from a wrong clock.
         Ok(at <= now() && at.plus(TRY_AGAIN_AFTER) > now())
     }
 

@@ -31,27 +31,30 @@ use crate::{
     profile::{self, Task},
 };
 
-/// The most messages taken in, and saved, in one transaction.
+/// The maximum number of messages that are processed and saved in one transaction.
 const PAGE: u32 = 200;
-/// The most pages of one read, so that a server that always has more does not block the client.
+/// The maximum number of pages of one read, so that a server that always has more does not block
+/// the client.
 const MAX_PAGES: usize = 1_000;
-/// The largest step between the seqs of messages that follow one another. An inbox that takes
-/// 100 000 messages each second needs four months for it.
+/// The maximum difference between the seqs of consecutive messages. An inbox that accepts 100 000
+/// messages each second needs four months for it.
 const MAX_STEP: u64 = 1 << 40;
-/// The longest wait for another process that reads the inbox. Both see the messages that it takes
-/// in.
+/// The maximum wait for another process that reads the inbox. Both processes see the messages that
+/// it reads.
 const TURN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most turns that are waited for where the end of the inbox is needed.
+/// The maximum number of reads by a caller that needs the end of the inbox.
 const MAX_TURNS: usize = 6;
 
-/// The highest seq that was taken in, of the server's present history.
+/// The highest processed seq of the server's present history.
 pub(super) const LAST_SEQ: &[u8] = b"last-seq";
 
 impl Messenger {
-    /// Takes in what the inbox has and returns everything that was not marked as seen, oldest
-    /// first. Sends what is still to be sent, fills up our key packages and asks the directory
-    /// about new names on the way.
+    /// Processes the messages of the inbox, and returns all entries that were not marked as seen,
+    /// oldest first.
+    ///
+    /// Also sends waiting messages, fills up our KeyPackages, and asks the directory about new
+    /// names.
     pub async fn receive(&self) -> Result<Vec<Entry>, Error> {
         unless_final("devices", self.refresh_own_devices().await)?;
         let mut keys = self.sync().await?;
@@ -66,8 +69,8 @@ impl Messenger {
         self.unseen().await
     }
 
-    /// Takes in what the inbox has, and leaves everything else to a [`Listener`](super::Listener)
-    /// that is to follow.
+    /// Processes the messages of the inbox, and leaves all other work to a
+    /// [`Listener`](super::Listener) that is created next.
     pub async fn catch_up(&self) -> Result<(), Error> {
         self.sync().await?;
         self.settle_names().await
@@ -87,7 +90,7 @@ impl Messenger {
         unless_final("joining again", self.rejoin_lost().await)
     }
 
-    /// Fills up our key packages.
+    /// Fills up our KeyPackages.
     pub(super) async fn settle_keys(&self, keys: NewKeys) -> Result<(), Error> {
         match keys {
             NewKeys::Needed => {
@@ -108,13 +111,13 @@ impl Messenger {
         Ok(self.read_inbox().await?.0)
     }
 
-    /// Takes in everything that the inbox has, and fills up our key packages if that is needed.
+    /// Processes all messages of the inbox, and fills up our KeyPackages if necessary.
     pub(super) async fn sync_and_settle_keys(&self) -> Result<(), Error> {
         let keys = self.sync().await?;
         self.settle_keys(keys).await
     }
 
-    /// Takes in everything that the inbox has, and waits for other processes that do.
+    /// Processes all messages of the inbox, and waits for other processes that read it.
     ///
     /// # Errors
     /// [`Error::GroupBusy`] if the end is not reached.
@@ -130,7 +133,7 @@ impl Messenger {
         Err(Error::GroupBusy)
     }
 
-    /// Takes in what the inbox has. Returns whether its end was reached.
+    /// Processes the messages of the inbox. Returns whether its end was reached.
     async fn read_inbox(&self) -> Result<(NewKeys, Extent), Error> {
         let _alone = self.shared.reading.lock().await;
         let turn = profile::turn(self.store().dir(), Task::ReadInbox, TURN_TIMEOUT).await?;
@@ -164,9 +167,9 @@ impl Messenger {
         Ok((keys, extent))
     }
 
-    /// Does what needs an inbox that was read to its end.
+    /// Does the work that requires an inbox that was read to its end.
     ///
-    /// `unpassed` was noted before the pass. A restored copy of the state needs new key packages.
+    /// `unpassed` was noted before the pass. A restored copy of the state needs new KeyPackages.
     async fn end_pass(
         &self,
         marked: Option<u64>,
@@ -211,7 +214,7 @@ impl Messenger {
 
     /// Acks on the connection of the Peek that returned these seqs: the server compares the history
     /// of both there. On another connection, after a restore, the same seqs could be those of other
-    /// messages. Where that connection has ended, the messages come again and are recognized.
+    /// messages. If that connection has ended, the messages arrive again and are recognized.
     async fn ack(&self, connection: &Arc<Live>, seqs: Vec<u64>) -> Result<(), CallError> {
         let request = v1::AckRequest { all_channels: true, seqs, ..Default::default() };
         match self.client().call_on::<methods::Ack>(connection, request).await {
@@ -238,8 +241,9 @@ fn check_order(after: Seq, envelopes: &[v1::Envelope]) -> Result<(), CallError> 
     Ok(())
 }
 
-/// Passes over a failure, unless every call fails until the user acts. Messages are not held back
-/// by work that the server does not do now; the next read tries again.
+/// Logs and ignores a failure, unless every call fails until the user acts.
+///
+/// Work that the server does not do now must not delay messages. The next read tries again.
 pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Result<(), Error> {
     match done {
         Err(Error::Call(error))
@@ -252,14 +256,14 @@ pub(super) fn unless_final(what: &'static str, done: Result<(), Error>) -> Resul
     }
 }
 
-/// How much of the inbox was read.
+/// The part of the inbox that was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Extent {
     Whole,
     Part,
 }
 
-/// Whether our key packages on the server are to be looked after.
+/// Whether our KeyPackages on the server may have to be filled up or replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NewKeys {
     Needed,
@@ -279,16 +283,16 @@ pub(super) struct Seen {
     generation: u64,
 }
 
-/// The result of taking a page in.
+/// The result of processing a page.
 pub(super) struct TakenIn {
     keys: NewKeys,
-    /// The seqs to be acknowledged.
+    /// The seqs to acknowledge.
     processed: Vec<u64>,
     /// The newest marker so far, which stays in the inbox.
     newest: Option<Seen>,
     /// Whether there was a message that is no marker and was not processed before.
     news: bool,
-    /// The members that are to be removed.
+    /// The members to remove.
     leaving: Leaving,
 }
 
@@ -304,7 +308,7 @@ impl TakenIn {
     }
 
     /// Notes a message on the marker channel, with its count if it is a marker of this device. All
-    /// but the newest marker are processed, which removes them.
+    /// markers but the newest count as processed: the acknowledgement removes them.
     fn add_marker(&mut self, seq: u64, generation: Option<u64>) {
         let replaced = match (generation.map(|generation| Seen { seq, generation }), self.newest) {
             (Some(marker), Some(newest)) if marker.generation < newest.generation => Some(seq),
@@ -343,15 +347,15 @@ impl TakenIn {
 
 /// The state of the inbox's seqs.
 struct Numbers {
-    /// The highest that was taken in; `None` after the store went back, when it may be any.
+    /// The highest processed seq; `None` after the store went back, when any seq may follow.
     last: Option<u64>,
-    /// Up to here an earlier release may have processed messages without noting them.
+    /// The seq up to which an earlier release may have processed messages without noting them.
     legacy: u64,
-    /// Whether the store was found to have gone back, in this page.
+    /// Whether this page showed that the server's store went back.
     went_back: bool,
 }
 
-/// Takes a page in.
+/// Processes a page of the inbox.
 pub(super) fn take_in(
     state: &mut State,
     page: v1::PeekResponse,
@@ -389,7 +393,7 @@ pub(super) fn take_in(
     Ok(taken)
 }
 
-/// A page that is being taken in.
+/// A page that is being processed.
 struct Intake<'a> {
     state: &'a mut State,
     marking: Marking,
@@ -410,14 +414,14 @@ impl Intake<'_> {
         let is_news = !state.mls.knows(&digest(&envelope.data))?;
         numbers.note(state, seq, is_news, at)?;
         if arrival.channel == marking.channel {
-            // Noted like any message, so that its seq is known.
+            // Noted like any message, so that it is recognized.
             state.mls.receive(&envelope.data, arrival)?;
             taken.add_marker(seq, marking.open(&envelope.data));
             return Ok(());
         }
         taken.processed.push(seq);
         if let Some(message) = state.link_message(arrival.channel, &envelope.data) {
-            // Noted like any message, so that its seq is known.
+            // Noted like any message, so that it is recognized.
             state.mls.receive(&envelope.data, arrival)?;
             if is_news {
                 state.note_link_message(message, at, *now)?;
@@ -425,7 +429,7 @@ impl Intake<'_> {
             return Ok(());
         }
         if arrival.channel == *decisions {
-            // Noted like any message, so that its seq is known.
+            // Noted like any message, so that it is recognized.
             state.mls.receive(&envelope.data, arrival)?;
             if is_news {
                 state.adopt_decision(&envelope.data, *now)?;
@@ -476,8 +480,8 @@ impl Numbers {
         Ok(())
     }
 
-    /// Notes that the server's store went back: its numbers begin again somewhere, and key packages
-    /// that it gave out before may be given out again.
+    /// Notes that the server's store went back. Its seqs begin at an earlier value, and KeyPackages
+    /// that it issued before may be issued again.
     fn go_back(&mut self, state: &mut State, at: UnixMillis) -> Result<(), Error> {
         if !self.went_back {
             state.log.push(None, at, Event::WentBack)?;

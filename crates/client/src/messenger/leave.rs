@@ -27,9 +27,9 @@ pub(super) type Leaving = BTreeMap<GroupId, Vec<IdentityKey>>;
 impl Messenger {
     /// Leaves a group.
     ///
-    /// When this returns, the group's keys are deleted, and no later message of the group is shown.
-    /// The others see us leave once the client of an admin has read the farewell. If we are the
-    /// only admin, the oldest other member becomes one.
+    /// When this function returns, the group's keys are deleted, and no later message of the group
+    /// is shown. The others see us leave once the client of an admin has read our `leaving`
+    /// message. If we are the only admin, the oldest other member becomes one.
     pub async fn leave(&self, group: ConversationId) -> Result<SendOutcome, Error> {
         let id = group_of(group)?;
         // Messages that are not read before the keys are deleted can never be decrypted.
@@ -128,7 +128,8 @@ impl State {
         self.database().put(LEAVING, &leaving_key(group, member), None, b"")
     }
 
-    /// Returns the members that have left before a commit removed them, and forgets that.
+    /// Returns the members that had left before a commit removed them, and deletes the notes about
+    /// them.
     pub(super) fn take_leaving(
         &self,
         group: &GroupId,

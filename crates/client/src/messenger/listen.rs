@@ -23,11 +23,11 @@ use super::{
 };
 use crate::{error::Error, link::Renewed};
 
-/// The interval of reads of the inbox without an event, to which up to half is added.
+/// The interval of reads of the inbox without an event. Up to half of it is added at random.
 const FALLBACK: Duration = Duration::from_secs(4);
-/// The interval where the server sends no events.
+/// The interval if the server sends no events.
 const POLL: Duration = Duration::from_secs(1);
-/// Maximum number of entries that wait in the stream. At the limit it reads no further.
+/// Maximum number of entries that wait in the stream. At this limit the inbox is read no further.
 const AHEAD: usize = 64;
 
 /// A stream of entries that runs until it is dropped.
@@ -42,7 +42,7 @@ pub struct Listener {
 impl Listener {
     /// Returns the next entry: first those that are not marked as seen, then new ones. Cancel-safe.
     ///
-    /// Lost connections are created again without an entry
+    /// Lost connections are replaced without an entry
     /// ([`Client::connection_events`](crate::Client::connection_events) reports them). After an
     /// error the stream ends with `None`.
     pub async fn next(&mut self) -> Option<Result<Entry, Error>> {
@@ -54,7 +54,8 @@ impl Listener {
 
     /// Returns all entries that are ready, at least one. Cancel-safe.
     ///
-    /// As [`Listener::next`], for entries that are marked as seen together, at the price of one.
+    /// As [`Listener::next`]. Marking several entries as seen together costs as much as marking
+    /// one.
     pub async fn next_all(&mut self) -> Option<Result<Vec<Entry>, Error>> {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));
@@ -80,10 +81,10 @@ impl Drop for Listener {
 
 impl Messenger {
     /// Starts a stream of the entries: first those that are not marked as seen, then all new ones.
-    /// Each comes once; mark it as seen once it was shown.
+    /// Each entry is returned once. Mark an entry as seen once it was shown.
     ///
-    /// A profile may have several streams, also in several processes. A new entry comes in each of
-    /// them.
+    /// A profile may have several streams, also in several processes. Each of them returns every
+    /// new entry.
     pub fn listen(&self) -> Listener {
         let (sender, entries) = mpsc::channel(AHEAD);
         let task = tokio::spawn(InboxReader::start(self.clone(), sender));
@@ -200,7 +201,7 @@ impl InboxReader {
             keys = NewKeys::Needed;
         }
         self.messenger.settle_names().await?;
-        // Messages come before everything that can wait.
+        // Messages are shown before deferred work is done.
         if !self.send_entries().await? {
             return Ok(false);
         }
@@ -219,7 +220,7 @@ impl InboxReader {
         Ok(())
     }
 
-    /// Waits for signals. Passes on the results of sending meanwhile.
+    /// Waits for signals, and meanwhile for the result of sending.
     async fn wait(&mut self, signals: &mut Signals, until: Instant) -> Result<Waited, Error> {
         loop {
             tokio::select! {

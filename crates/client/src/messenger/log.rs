@@ -26,7 +26,7 @@ pub enum ConversationId {
 }
 
 impl ConversationId {
-    /// The conversation that an MLS group is (part of), as `me` sees it.
+    /// Returns the conversation that an MLS group belongs to, from the view of `me`.
     pub(crate) fn of(group: &GroupSummary, me: &IdentityKey) -> Self {
         match &group.kind {
             GroupKind::Direct { peer } if group.creator == *me => Self::Direct(*peer),
@@ -37,7 +37,7 @@ impl ConversationId {
 }
 
 impl fmt::Display for ConversationId {
-    /// 64 hexadecimal digits: the person's key or the group's id.
+    /// Writes 64 hexadecimal digits: the person's key or the group's id.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Direct(key) => key.fmt(f),
@@ -55,7 +55,7 @@ impl fmt::Debug for ConversationId {
     }
 }
 
-/// An entry's number in its profile, rising.
+/// The number of an entry in its profile. Later entries have higher numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EntryId(pub u64);
 
@@ -64,9 +64,10 @@ pub struct EntryId(pub u64);
 pub struct Entry<P = Person> {
     /// The entry's number.
     pub id: EntryId,
-    /// `None`: it belongs to no conversation.
+    /// The conversation of the entry; `None` if the entry belongs to none.
     pub conversation: Option<ConversationId>,
-    /// When the server accepted the message; for our own, when the message was written.
+    /// The time at which the server accepted the message or, if it is ours, at which it was
+    /// written.
     pub at: UnixMillis,
     /// The content of the entry.
     pub event: Event<P>,
@@ -79,7 +80,7 @@ pub enum Event<P = Person> {
     Sent {
         /// The text.
         text: String,
-        /// How far the message got.
+        /// The state of the delivery.
         delivery: DeliveryState,
     },
     /// Another person wrote.
@@ -107,7 +108,7 @@ pub enum Event<P = Person> {
     /// A new device asks to be linked to the account. Further requests have no entry while this one
     /// is unseen.
     DeviceRequested {
-        /// The name that the device gives itself. Nothing proves it.
+        /// The name that the device claims, without a proof.
         name: String,
     },
     /// A further device of a person is in the conversation.
@@ -131,7 +132,7 @@ pub enum Event<P = Person> {
         /// The name of the device.
         device: String,
     },
-    /// The group has another name.
+    /// The group was renamed.
     Renamed {
         /// The admin who renamed it.
         by: P,
@@ -161,7 +162,7 @@ pub enum Event<P = Person> {
     /// Members left the group, or were removed from it.
     Removed {
         /// The member that removed them; `None` if they have left, or if an earlier release noted
-        /// it. Our own account stands for a group that we have left on another device.
+        /// the removal. Our own account, if we have left the group on another device.
         by: Option<P>,
         /// The members that were removed; we may be among them.
         members: Vec<P>,
@@ -174,11 +175,11 @@ pub enum Event<P = Person> {
         /// The reason, as a sentence.
         reason: String,
     },
-    /// These messages of the inbox never came: they expired, or another client took them.
+    /// These messages of the inbox never arrived: they expired, or another client received them.
     Missing {
-        /// The first number that is missing.
+        /// The seq of the first missing message.
         first: Seq,
-        /// The last number that is missing.
+        /// The seq of the last missing message.
         last: Seq,
     },
     /// The server's store went back in time, as when a backup is restored. Messages accepted since
@@ -187,7 +188,7 @@ pub enum Event<P = Person> {
     /// This profile's own state went back in time: an older copy of it was restored. Keys were
     /// renewed before anything was sent.
     Restored,
-    /// A person in a conversation of ours claims a name that the directory does not give to its
+    /// A person in a conversation of ours claims a name that the directory does not have for its
     /// key.
     NameRefuted {
         /// The person.
@@ -200,7 +201,7 @@ pub enum Event<P = Person> {
         /// The person, with the new key.
         person: P,
     },
-    /// The server will not take a message of ours for this person.
+    /// The server refused a message of ours for this person permanently.
     Undeliverable {
         /// The recipient.
         to: P,
@@ -209,19 +210,19 @@ pub enum Event<P = Person> {
     },
 }
 
-/// How far a message of ours got.
+/// The state of the delivery of a message of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeliveryState {
-    /// On this machine, until the server can be reached.
+    /// The message is on this machine until the server can be reached.
     Queued,
-    /// The server has it, durably, for everyone.
+    /// The server has stored the message for every recipient.
     Sent,
-    /// The server refused it permanently for at least one recipient.
+    /// The server refused the message permanently for at least one recipient.
     Failed,
 }
 
 impl<P> Event<P> {
-    /// The same event with its people seen in another way.
+    /// Returns the same event with its people converted by `see`.
     pub(crate) fn try_map<Q, E>(
         self,
         mut see: impl FnMut(&P) -> Result<Q, E>,
@@ -266,7 +267,7 @@ impl<P> Event<P> {
     }
 }
 
-/// An entry as it is kept.
+/// An entry as it is saved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Kept {
     pub(crate) entry: Entry<IdentityKey>,
@@ -284,7 +285,7 @@ impl Log {
         Self { database: database.clone() }
     }
 
-    /// Adds an entry about others, which is to be shown.
+    /// Adds an entry about others, which must be shown.
     pub(crate) fn push(
         &self,
         conversation: Option<ConversationId>,
@@ -294,7 +295,7 @@ impl Log {
         self.add(Kept { entry: self.next(conversation, at, event)?, seen: false })
     }
 
-    /// Adds what we did, which need not be shown to us.
+    /// Adds an entry about an action of ours, which counts as seen.
     pub(crate) fn push_own(
         &self,
         conversation: ConversationId,
@@ -331,7 +332,7 @@ impl Log {
         Ok(id)
     }
 
-    /// The last `limit` entries of a conversation, oldest first.
+    /// Returns the last `limit` entries of a conversation, oldest first.
     pub(crate) fn last_of(
         &self,
         conversation: &ConversationId,
@@ -343,7 +344,7 @@ impl Log {
         last.into_iter().rev().map(|item| Ok(read(&item)?.entry)).collect()
     }
 
-    /// Up to `limit` entries that were not seen yet, after the given one, oldest first.
+    /// Returns up to `limit` unseen entries after the given one, oldest first.
     pub(crate) fn unseen(
         &self,
         after: Option<EntryId>,
@@ -359,11 +360,11 @@ impl Log {
         self.database.next_number(ENTRIES).map(EntryId)
     }
 
-    /// Returns up to `limit` entries to be shown in a stream that began when [`Log::end`] was
-    /// `start`, and the last entry that was looked at; `None` at the end.
+    /// Returns up to `limit` entries for a stream that began when [`Log::end`] was `start`, and the
+    /// last entry that was examined; `None` at the end.
     ///
-    /// Of the entries before `start`, those that are unseen. Of the others all that are about
-    /// others, seen or not: another stream may have shown them first.
+    /// Of the entries before `start`, the unseen ones are returned. Of later entries, all about
+    /// others are returned, also seen ones: another stream may have shown them first.
     pub(crate) fn to_show(
         &self,
         after: Option<EntryId>,
@@ -382,7 +383,8 @@ impl Log {
         let mut entries = Vec::with_capacity(items.len());
         for item in items {
             let kept = decode::<SavedEntry>(&item.value)?.restore()?;
-            // As it was added. That it was seen later is noted in the item alone.
+            // `kept.seen` is the state when the entry was added. Only the item notes that it was
+            // seen later.
             if !kept.seen {
                 entries.push(kept.entry);
             }
@@ -390,7 +392,7 @@ impl Log {
         Ok((entries, last))
     }
 
-    /// How many entries of a conversation were not seen yet.
+    /// Returns the number of unseen entries of a conversation.
     pub(crate) fn count_unseen(&self, id: &ConversationId) -> Result<usize, DatabaseError> {
         let count = self.database.count_open(ENTRIES, &conversation_key(Some(*id)))?;
         Ok(usize::try_from(count).unwrap_or(usize::MAX))
@@ -404,14 +406,14 @@ impl Log {
         Ok(())
     }
 
-    /// Marks everything in a conversation as seen.
+    /// Marks all entries of a conversation as seen.
     pub(crate) fn mark_all_seen(&self, id: ConversationId) -> Result<(), DatabaseError> {
         let unseen = self.unseen(None, usize::MAX)?;
         let of_it = unseen.into_iter().filter(|entry| entry.conversation == Some(id));
         self.mark_seen(&of_it.map(|entry| entry.id).collect::<Vec<_>>())
     }
 
-    /// Every conversation that has entries, with the time of the last one.
+    /// Returns every conversation that has entries, with the time of the last one.
     pub(crate) fn conversations(&self) -> Result<Vec<(ConversationId, UnixMillis)>, DatabaseError> {
         let rows = self.database.all(CONVERSATIONS)?;
         rows.iter()
@@ -435,7 +437,7 @@ impl Log {
         })
     }
 
-    /// Notes how far our message got.
+    /// Sets the delivery state of our message.
     pub(crate) fn set_delivery(
         &self,
         id: EntryId,
@@ -449,7 +451,7 @@ impl Log {
         Ok(())
     }
 
-    /// Gives no number below this one from now on.
+    /// Reserves the numbers below `next`.
     pub(crate) fn skip_to(&self, next: EntryId) -> Result<(), DatabaseError> {
         self.database.skip_numbers(ENTRIES, next.0)
     }

@@ -1,15 +1,16 @@
-//! Detects that the profile's own state went back in time: an older copy of its directory was put
-//! back, and its sending keys were used before.
+//! Detects that the profile's own state went back in time: an older copy of its directory was
+//! restored, whose sending keys were used before.
 //!
-//! The state counts what it encrypts. Before anything is sent, the count is sent to the account's
-//! own inbox: sealed, with the device's id, on a channel that only the account can derive, in the
-//! same call where that can be. This *marker* stays there until a newer one of the device replaces
-//! it. A state that finds a marker of a higher count than its own is an older copy. As many keys as
-//! may have been used since it was made are then skipped in every group before anything is
-//! encrypted, and what was encrypted before the inbox could be read is encrypted again.
+//! The state counts its encryptions. Before each message, the count is sent to the account's own
+//! inbox, in the same call if possible: sealed, with the device's id, on a channel that only the
+//! account can derive. This *marker* stays there until a newer one of the device replaces it. A
+//! state that finds a marker with a higher count than its own is an older copy. The client then
+//! skips, in every group, the keys that may have been used after the copy was made, before it
+//! encrypts. Messages that were encrypted before the inbox could be read are encrypted again.
 //!
-//! A marker expires after 90 days, and a restored server may have lost it. Then nothing is
-//! detected here; a receiver that cannot decrypt what we send asks for it again (`repair`).
+//! A marker expires after 90 days, and a restored server may have lost it. Without a marker the
+//! older copy is not detected; a receiver that cannot decrypt its messages asks for a repeat
+//! (`repair`).
 
 use qpq_domain::{ChannelId, DeviceId, IdentityKey};
 use qpq_mls::{
@@ -26,7 +27,7 @@ use crate::error::Error;
 const GENERATION: &[u8] = b"generation";
 /// The count of the last marker that the server accepted.
 const MARKED: &[u8] = b"marked";
-/// The position in the outbox from which on items were encrypted before the inbox was read.
+/// The number in the outbox of the first item that was encrypted before the inbox was read.
 const UNVERIFIED: &[u8] = b"unverified";
 /// The number of messages that the state had encrypted before those items.
 const VERIFIED_GENERATION: &[u8] = b"verified-generation";
@@ -34,10 +35,11 @@ const VERIFIED_GENERATION: &[u8] = b"verified-generation";
 /// Present in the state of a device that was linked to an account.
 pub(super) const LINKED: &[u8] = b"linked";
 
-/// Markers live as long as the server allows.
+/// The lifetime of a marker, in seconds: the maximum that the server accepts.
 pub(super) const MARKER_TTL_SECS: u32 = 90 * 24 * 3600;
 
-/// Keys skipped beyond those known to be used, for markers that the server did not accept.
+/// The number of skipped keys in addition to those known to be used, since the server may not have
+/// accepted the latest markers.
 const SLACK: u64 = 64;
 
 /// The key and the channel of an account's markers.
@@ -115,7 +117,7 @@ impl State {
         Ok(Marking::of(self.mls.identity(), device, !is_linked))
     }
 
-    /// Counts something that is encrypted.
+    /// Counts one encryption.
     pub(super) fn count_encryption(&self) -> Result<(), DatabaseError> {
         let generation = self.number(GENERATION)?.unwrap_or(0);
         self.set_number(GENERATION, Some(generation + 1))
@@ -138,7 +140,7 @@ impl State {
         self.set_number(MARKED, Some(before.max(generation)))
     }
 
-    /// Notes that what is encrypted from now on is encrypted before the inbox was read.
+    /// Notes that the messages encrypted from now on are encrypted before the inbox is read.
     pub(super) fn begin_unverified(&self) -> Result<(), DatabaseError> {
         if self.number(UNVERIFIED)?.is_none() {
             let end = self.database().next_number(OUTBOX)?;
@@ -149,10 +151,10 @@ impl State {
     }
 
     /// Compares the state with the newest marker in the inbox, which was read to its end. If the
-    /// state is the older, makes it safe to send from.
+    /// state is the older, skips the keys that may have been used.
     pub(super) fn compare_with(&mut self, marked: Option<u64>) -> Result<(), Error> {
         let generation = self.number(GENERATION)?.unwrap_or(0);
-        // Items that were encrypted since may use the same keys as the newer state.
+        // Items that were encrypted since then may use the same keys as the newer state.
         let verified = self.number(VERIFIED_GENERATION)?.unwrap_or(generation);
         // Another process of this profile may have sent markers of these items.
         let known = verified.max(self.number(MARKED)?.unwrap_or(0));
@@ -161,7 +163,7 @@ impl State {
             self.set_number(GENERATION, Some(generation.max(marked)))?;
             self.set_number(MARKED, Some(marked))?;
             self.log.push(None, now(), Event::Restored)?;
-            // The private halves of those made since the copy are lost.
+            // The private halves of packages that were created after the copy are lost.
             self.replace_packages()?;
             self.encrypt_again()?;
         }
@@ -169,7 +171,7 @@ impl State {
         Ok(self.set_number(UNVERIFIED, None)?)
     }
 
-    /// Encrypts again what was encrypted before the inbox was read.
+    /// Encrypts those messages again that were encrypted before the inbox was read.
     fn encrypt_again(&mut self) -> Result<(), Error> {
         let Some(from) = self.number(UNVERIFIED)? else { return Ok(()) };
         for entry in self.outbox.remove_from(from)? {

@@ -1,7 +1,7 @@
-//! A whole messenger: one account's conversations, end to end encrypted, with all its state in a
+//! A complete messenger: one account's conversations, end-to-end encrypted, with all its state in a
 //! profile on disk.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `open` | register, unlock, log out |
 //! | `changes` | changes of groups that wait for the server |
@@ -9,19 +9,19 @@
 //! | `devices` | this account's devices, and those of people in our conversations |
 //! | `link` | a new device becomes one of the account's |
 //! | `rotation` | renewal of keys that a member has asked for |
-//! | `directory` | names to keys and back; our own key packages |
+//! | `directory` | names to keys and back; our own KeyPackages |
 //! | `send` | messages: encrypt, save, then send |
-//! | `inbox` | Peek, take in, save, then Ack |
-//! | `note` | what received messages add to the history |
+//! | `inbox` | Peek, process, save, then Ack |
+//! | `note` | the entries in the history for received messages |
 //! | `listen` | the live stream |
-//! | `marker` | the profile's own state that went back in time |
+//! | `marker` | detection of a profile whose own state went back in time |
 //! | `block` | people whose messages are refused |
 //! | `leave` | groups that are left |
 //! | `requests` | strangers' groups, which wait to be accepted |
-//! | `repair` | messages that cannot be read: asking for them, and answering |
-//! | `prune` | removal of what nothing can ask for any more |
+//! | `repair` | requests to repeat messages that cannot be read, and the answers |
+//! | `prune` | removal of records that are not needed any more |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
-//! | `tables`, `records` | how it is kept; `legacy`: how earlier releases kept it |
+//! | `tables`, `records` | the saved form of the state; `legacy`: that of earlier releases |
 
 mod block;
 mod changes;
@@ -101,21 +101,21 @@ struct Shared {
     flushing: Mutex<()>,
     /// Held while groups are changed.
     changing: Mutex<()>,
-    /// Whether our key packages were counted since the profile was opened: they also run out by
-    /// growing old.
+    /// Whether our KeyPackages on the server were counted since the profile was opened. They also
+    /// expire without being used.
     keys_checked: AtomicBool,
-    /// Whether the server refused our newest key packages.
+    /// Whether the server refused our newest KeyPackages.
     keys_refused: AtomicBool,
 }
 
-/// A conversation, as a list shows it.
+/// A conversation, as shown in a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conversation {
     /// The conversation's id.
     pub id: ConversationId,
     /// A group or a direct conversation.
     pub kind: ConversationKind,
-    /// Entries that were not marked as seen.
+    /// The number of entries that were not marked as seen.
     pub unseen: usize,
     /// The time of the conversation's latest entry.
     pub last: Option<UnixMillis>,
@@ -137,47 +137,47 @@ pub enum ConversationKind {
         creator: Person,
         /// The members who add and remove members and rename the group.
         admins: Vec<Person>,
-        /// How many there are in it, with us.
+        /// The number of members, including us.
         members: usize,
         /// Whether this account is a member.
         membership: Membership,
     },
 }
 
-/// Whether we are in a group.
+/// Our membership in a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Membership {
     /// We are a member.
     Member,
-    /// We were removed: nothing more can be sent or read.
+    /// We were removed: no message can be sent or read.
     Removed,
 }
 
 impl Messenger {
-    /// The profile it works on.
+    /// Returns the profile of this messenger.
     pub fn profile(&self) -> &Profile {
         &self.shared.profile
     }
 
-    /// The connection it uses, for calls of your own and to watch it.
+    /// Returns the client of this messenger, for other calls and to observe the connection.
     pub fn client(&self) -> &Client {
         &self.shared.client
     }
 
-    /// Returns whether the server refused the key packages that were published last, so that others
+    /// Returns whether the server refused the KeyPackages that were published last, so that others
     /// may be unable to start a conversation with us. The usual cause is a wrong clock on this
-    /// machine: key packages say from when to when they may be used.
+    /// machine, since KeyPackages state the time in which they are valid.
     pub fn are_keys_refused(&self) -> bool {
         self.shared.keys_refused.load(Ordering::Relaxed)
     }
 
-    /// The key of the profile's encrypted state, to open it next time with
-    /// [`Messenger::unlock_with_key`]. As secret as the account.
+    /// Returns the key of the profile's encrypted state, with which [`Messenger::unlock_with_key`]
+    /// opens it. The key is as secret as the account.
     pub async fn vault_key(&self) -> VaultKey {
         self.shared.store.key().await
     }
 
-    /// Every conversation, the one where something happened last first.
+    /// Returns every conversation, the one with the latest entry first.
     pub async fn conversations(&self) -> Result<Vec<Conversation>, Error> {
         let mut all = self.store().read(conversations).await?;
         all.sort_by_key(|conversation| std::cmp::Reverse(conversation.last));
@@ -200,7 +200,7 @@ impl Messenger {
             .await
     }
 
-    /// The last `limit` entries of a conversation, oldest first.
+    /// Returns the last `limit` entries of a conversation, oldest first.
     pub async fn history(
         &self,
         conversation: ConversationId,
@@ -214,7 +214,8 @@ impl Messenger {
         self.unseen_after(None, usize::MAX).await
     }
 
-    /// Up to `limit` entries after the given one that were not marked as seen, oldest first.
+    /// Returns up to `limit` entries after the given one that were not marked as seen, oldest
+    /// first.
     pub async fn unseen_after(
         &self,
         after: Option<EntryId>,
@@ -223,7 +224,7 @@ impl Messenger {
         self.store().read(move |state| shown(state, state.log.unseen(after, limit)?)).await
     }
 
-    /// Notes that these were shown to the person: they will not come again.
+    /// Notes that entries were shown to the person. They are not returned again.
     pub async fn mark_seen(&self, entries: &[EntryId]) -> Result<(), Error> {
         if entries.is_empty() {
             return Ok(());
@@ -243,12 +244,12 @@ impl fmt::Debug for Messenger {
     }
 }
 
-/// The time of day.
+/// Returns the time of the system's clock.
 fn now() -> UnixMillis {
     SystemClock.now()
 }
 
-/// Entries with their people's names.
+/// Returns entries with the names of their people.
 fn shown(state: &State, entries: Vec<Entry<IdentityKey>>) -> Result<Vec<Entry>, Error> {
     entries
         .into_iter()

@@ -50,7 +50,7 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
             state.people.claim(sender.identity, &sender.username)?;
             state.answer(group, &sender.identity, digests)?;
         }
-        // Written on another device of this account.
+        // The message was written on another device of this account.
         Received::Message { group, sender, content, .. } if sender.identity == state.me() => {
             let sent = Event::Sent { text: content.text, delivery: DeliveryState::Sent };
             state.log.push(state.conversation_of(&group)?, at, sent)?;
@@ -86,7 +86,7 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
             let event = Event::Unreadable { from: None, reason: reason.to_string() };
             state.log.push(None, at, event)?;
         }
-        // A kind of a later version of the MLS crate.
+        // A result that a later version of the MLS crate has added.
         _ => {
             let event = Event::Unreadable { from: None, reason: "not understood".to_owned() };
             state.log.push(None, at, event)?;
@@ -114,7 +114,7 @@ pub(super) enum Shown {
 }
 
 impl State {
-    /// Notes what a commit changed in a group.
+    /// Notes the changes of a commit in the history.
     pub(super) fn note_changes(
         &mut self,
         group: &GroupId,

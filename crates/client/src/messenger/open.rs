@@ -1,8 +1,8 @@
-//! Making a profile, opening one, and logging out.
+//! Creating a profile, opening one, and logging out.
 //!
-//! Registration saves the profile before it reaches the server: an identity key that is registered
-//! is never lost. If it is interrupted, registering again with the same password goes on where it
-//! was.
+//! Registration saves the profile before it reaches the server, so that a registered identity key
+//! is never lost. After an interruption, another registration with the same password continues the
+//! first one.
 
 use std::{
     fs, io,
@@ -38,21 +38,21 @@ pub struct NewAccount<'a> {
     pub username: &'a Username,
     /// The password.
     pub password: &'a Password,
-    /// The invite, where the server needs one.
+    /// The invite, if the server requires one.
     pub invite: Option<&'a str>,
-    /// The name of the device that it is registered on.
+    /// The name of the device on which the account is registered.
     pub device: &'a str,
 }
 
 impl Messenger {
-    /// Registers an account and makes its profile in `dir`, which must hold none yet. With
+    /// Registers an account and creates its profile in `dir`, which must not contain one. With
     /// [`Trust::FirstUse`] the server's certificate is pinned in the profile.
     ///
     /// # Errors
-    /// [`AuthError::UsernameTaken`] and whatever else the server refuses with leave no profile
-    /// behind; where the server cannot be reached, the profile stays unfinished, and calling this
-    /// again goes on. With a clock that the server does not agree with, the account is registered
-    /// and [`Messenger::are_keys_refused`] says that others cannot write to it yet.
+    /// After [`AuthError::UsernameTaken`] and other refusals of the server, no profile remains. If
+    /// the server cannot be reached, the profile stays unfinished, and another call continues the
+    /// registration. If the clock of this machine is wrong, the account is registered and others
+    /// cannot write to it yet, as [`Messenger::are_keys_refused`] shows.
     pub async fn register(
         dir: &Path,
         options: Options,
@@ -85,19 +85,18 @@ impl Messenger {
         }
     }
 
-    /// Opens the profile in `dir` by logging in. The session that was used before ends.
+    /// Opens the profile in `dir` by logging in. Ends the session that was used before.
     ///
     /// # Errors
-    /// [`AuthError::WrongPassword`], [`ProfileError`], and whatever keeps the server from being
-    /// reached.
+    /// [`AuthError::WrongPassword`], [`ProfileError`], and the errors of calls to the server.
     pub async fn unlock(dir: &Path, password: &Password) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let in_use = profile::enter(dir).await?;
         log_in(in_use, profile, password).await
     }
 
-    /// As [`Messenger::unlock`], where the server has moved or is known by another certificate:
-    /// once the login has succeeded there, the profile has the new address and trust.
+    /// Opens a profile as [`Messenger::unlock`] does, for a server with a new address or
+    /// certificate. Once the login there has succeeded, the profile has the new address and trust.
     pub async fn unlock_at(
         dir: &Path,
         server: String,
@@ -117,8 +116,8 @@ impl Messenger {
         Ok(messenger)
     }
 
-    /// Opens the profile in `dir` with a key that [`Messenger::vault_key`] gave, and goes on with
-    /// the saved session. Asks the server nothing.
+    /// Opens the profile in `dir` with a key from [`Messenger::vault_key`], and continues the saved
+    /// session. Makes no call to the server.
     pub async fn unlock_with_key(dir: &Path, key: VaultKey) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let in_use = profile::enter(dir).await?;
@@ -129,8 +128,8 @@ impl Messenger {
         assemble(client, profile, store).await
     }
 
-    /// Ends the session, or all of the account's. The profile stays; unlock it with the password to
-    /// use it again.
+    /// Ends the session, or all of the account's. The profile stays, and can be unlocked with the
+    /// password.
     pub async fn logout(self, scope: LogoutScope) -> Result<u32, Error> {
         let revoked = self.client().logout(scope).await?;
         self.store().change(|state| Ok(state.set_token(None)?)).await?;
@@ -138,7 +137,7 @@ impl Messenger {
         Ok(revoked)
     }
 
-    /// Ends a session that is not needed any more. If that fails it ends by itself some day.
+    /// Ends a session that is not needed any more. If the call fails, the session expires later.
     async fn end_session(&self, token: Option<SessionToken>) {
         let Some(token) = token else { return };
         if let Err(error) = self.client().end_session(token).await {
@@ -175,7 +174,7 @@ async fn begin(
     store.change(move |state| state.name_device(&device)).await?;
     profile.write(&dir)?;
     if let Err(error) = client.finish_registration(&pending, &identity, invite).await {
-        // Unless it is certain that there is no account with this identity, the profile is needed.
+        // The profile is needed unless it is certain that no account with this identity exists.
         if matches!(&error, AuthError::Call(error) if error.is_temporary()) {
             return Err(error.into());
         }
@@ -192,7 +191,7 @@ async fn begin(
     Ok(messenger)
 }
 
-/// Goes on with a registration that may or may not have reached the server.
+/// Continues a registration that may or may not have reached the server.
 async fn resume(
     in_use: InUse,
     options: Options,
@@ -203,8 +202,8 @@ async fn resume(
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     let session = match client.login(&profile.username, account.password).await {
         Ok(session) => session,
-        // Either it did not reach the server, or this is another password: then the name turns out
-        // to be taken.
+        // Either the registration did not reach the server, or this is another password. In the
+        // second case the username proves to be taken.
         Err(AuthError::WrongPassword) => {
             let set_aside = set_aside(&dir)?;
             let begun = begin(in_use, options, account).await;
@@ -234,7 +233,7 @@ async fn resume(
     Ok(messenger)
 }
 
-/// The profile in `dir`, if its registration is complete.
+/// Returns the profile in `dir`, if its registration is complete.
 fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     match Profile::read(dir)? {
         Profile { status: ProfileStatus::Registering, .. } => {
@@ -260,7 +259,7 @@ async fn log_in(in_use: InUse, profile: Profile, password: &Password) -> Result<
     Ok(messenger)
 }
 
-/// Saves a new session; answers the one used before.
+/// Saves a new session; returns the one used before.
 async fn adopt(store: &StateStore, session: &Session) -> Result<Option<SessionToken>, Error> {
     let token = session.token.clone();
     store
@@ -314,13 +313,13 @@ pub(super) async fn derive(password: &Password, export_key: &ExportKey, salt: Sa
     blocking(move || VaultKey::derive(password.expose(), export_key.expose(), salt)).await
 }
 
-/// Removes a profile that came to nothing.
+/// Removes an incomplete profile.
 pub(super) fn discard(dir: &Path) -> Result<(), ProfileError> {
     remove(&dir.join("profile.json"))?;
     state_files(dir).iter().try_for_each(|path| remove(path))
 }
 
-/// Every file that a profile's state may be in.
+/// Returns every file that may contain a profile's state.
 fn state_files(dir: &Path) -> [PathBuf; 4] {
     let database = database_path(dir);
     let wal = database.with_extension("db-wal");

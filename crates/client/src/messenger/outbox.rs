@@ -20,7 +20,7 @@ use super::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Outgoing {
     pub(crate) message_id: MessageId,
-    /// The recipients for which the server does not have it yet.
+    /// The recipients for which the server does not have the item yet.
     pub(crate) recipients: Vec<IdentityKey>,
     pub(crate) channel: ChannelId,
     pub(crate) payload: Vec<u8>,
@@ -53,7 +53,7 @@ pub(crate) enum RecipientStatus {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     pub(crate) entry: Option<EntryId>,
-    /// The recipients for which the server refuses it permanently, and the reasons.
+    /// The recipients for which the server refuses the item permanently, and the reasons.
     pub(crate) refused: Vec<(IdentityKey, String)>,
     /// Whether no recipient is left.
     pub(crate) done: bool,
@@ -87,7 +87,7 @@ impl Outbox {
         self.database.append(OUTBOX, new, &encode(&SavedOutgoing::from(item))).map(drop)
     }
 
-    /// Removes the items from a number on that are messages of ours, and returns their entries.
+    /// Removes our messages from the item `number` on, and returns their entries.
     pub(super) fn remove_from(&self, number: u64) -> Result<Vec<EntryId>, DatabaseError> {
         let mut entries = Vec::new();
         let mut after = number.checked_sub(1);
@@ -161,7 +161,8 @@ impl Outbox {
     }
 }
 
-/// A fresh message id: a UUIDv7 (RFC 9562 §5.7), the time in milliseconds and 74 random bits.
+/// Returns a fresh message id: a UUIDv7 (RFC 9562 §5.7), with the time in milliseconds and 74
+/// random bits.
 pub(crate) fn fresh_message_id(now: UnixMillis) -> MessageId {
     let mut id = [0; MessageId::LEN];
     OsRng.fill_bytes(&mut id);
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn an_item_stays_for_those_who_do_not_have_it_under_the_same_id() {
+    fn an_item_stays_under_the_same_id_for_recipients_that_do_not_have_it() {
         let people = [1, 2, 3].map(|n| IdentityKey::new([n; 32]));
         let outbox = Outbox::new(&Database::in_memory());
         let parcel = Parcel {

@@ -1,8 +1,8 @@
 //! The people that we know: keys with names, and whether the server's directory agrees on them.
 //!
 //! A name in an MLS group is its owner's claim. The directory (ResolveIdentity) is asked about
-//! every key that appears in a conversation of ours; what it says is kept. Against a lying
-//! directory only safety numbers help.
+//! every key that appears in a conversation of ours, and its answer is saved. Only safety numbers
+//! protect against a lying directory.
 
 use std::fmt;
 
@@ -14,38 +14,39 @@ use super::{
     tables::{PEOPLE, UNCHECKED},
 };
 
-/// A person, as far as we know.
+/// A person, with the name that we know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Person {
-    /// Proven: what this person sends is signed with it.
+    /// The identity key, proven by the signatures of the person's messages.
     pub identity: IdentityKey,
     /// The name to show together with `standing`.
     pub username: Username,
-    /// How far the name is verified.
+    /// The verification of the name.
     pub standing: Standing,
 }
 
-/// How far a name is verified.
+/// The verification of a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Standing {
     /// The own account.
     Own,
     /// The person claims the name; the directory was not asked yet.
     Claimed,
-    /// The directory gives the name to this key.
+    /// The directory has the name for this key.
     Confirmed,
-    /// The directory gives this key another name, or knows no such key: the name is a false claim.
+    /// The directory has another name for this key, or does not know the key: the name is a false
+    /// claim.
     Refuted,
-    /// The directory gives the name to this key now, and it was confirmed for another key before:
-    /// the person has a new key, or the directory lies. Nothing is sent to it until
+    /// The directory has the name for this key now, and confirmed it for another key before: the
+    /// person has a new key, or the directory lies. Nothing is sent to the new key until
     /// [`Messenger::accept_new_identity`](super::Messenger::accept_new_identity).
     NewKey,
 }
 
 impl fmt::Display for Person {
-    /// The name. One that cannot be relied on is followed by a question mark or, if it is false, by
-    /// the key. One that could be taken for something else than a name (`you`, `*`, mixed scripts)
-    /// stands after an `@`, which is in no username, and with the key.
+    /// Writes the name. An unverified name is followed by a question mark, a false one by the key.
+    /// A name that could be mistaken for something else (`you`, `*`, mixed scripts) is preceded by
+    /// an `@`, which no username contains, and followed by the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { identity, username, standing } = self;
         if !username.is_plain() {
@@ -65,11 +66,11 @@ impl fmt::Display for Person {
 pub(crate) struct Known {
     pub(crate) username: Username,
     pub(crate) standing: Standing,
-    /// When the safety number with this key was compared.
+    /// The time at which the safety number with this key was compared.
     pub(crate) compared_at: Option<UnixMillis>,
 }
 
-/// Everyone we know of.
+/// All people that we know.
 #[derive(Debug)]
 pub(crate) struct People {
     database: Database,
@@ -95,7 +96,7 @@ impl People {
         }
     }
 
-    /// Notes what is known for certain.
+    /// Sets the name and the standing of a key.
     pub(crate) fn set(
         &self,
         identity: IdentityKey,
@@ -106,7 +107,7 @@ impl People {
         self.put(&identity, &Known { username, standing, compared_at })
     }
 
-    /// Notes the directory's word that `username` is the name of this key. Returns the standing:
+    /// Notes that the directory has `username` for this key. Returns the standing:
     /// [`Standing::NewKey`] if the name was confirmed for another key.
     pub(crate) fn judge(
         &self,
@@ -133,7 +134,7 @@ impl People {
         }
     }
 
-    /// Returns when the safety number with this key was compared, if it was.
+    /// Returns the time at which the safety number with this key was compared, if it was.
     pub(crate) fn compared_at(
         &self,
         identity: &IdentityKey,
@@ -141,8 +142,8 @@ impl People {
         Ok(self.get(identity)?.and_then(|known| known.compared_at))
     }
 
-    /// Notes a claim, unless something better is known. A second, different claim is asked about
-    /// again.
+    /// Notes a claim, unless the name of the key is certain. If the claim differs from an earlier
+    /// one, the directory is asked again.
     pub(crate) fn claim(
         &self,
         identity: IdentityKey,
@@ -155,7 +156,7 @@ impl People {
         if is_news { self.set(identity, username.clone(), Standing::Claimed) } else { Ok(()) }
     }
 
-    /// Those whose names the directory was not asked about yet.
+    /// Returns the keys whose names the directory was not asked about yet, with these names.
     pub(crate) fn unchecked(&self) -> Result<Vec<(IdentityKey, Username)>, DatabaseError> {
         let rows = self.database.all(UNCHECKED)?;
         rows.iter()
@@ -180,7 +181,7 @@ impl People {
         Ok(None)
     }
 
-    /// Returns everyone, with what is known.
+    /// Returns all people that we know.
     pub(super) fn all(&self) -> Result<Vec<(IdentityKey, Known)>, DatabaseError> {
         let rows = self.database.all(PEOPLE)?;
         rows.iter().map(|row| Ok(decode::<SavedPerson>(row)?.restore()?)).collect()
@@ -202,7 +203,7 @@ impl People {
         rows.iter().map(|row| Ok(decode::<SavedPerson>(row)?.restore()?.0)).collect()
     }
 
-    /// The person of a key. A key without any name shows its first digits.
+    /// Returns the person of a key. The first digits of a key are its name if it has no other.
     pub(crate) fn person(&self, identity: &IdentityKey) -> Result<Person, DatabaseError> {
         Ok(match self.get(identity)? {
             Some(Known { username, standing, .. }) => {
@@ -223,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_claim_never_replaces_what_is_certain_but_another_name_is_asked_about() {
+    fn a_claim_never_replaces_a_certain_name_and_another_name_is_checked() {
         let people = People::new(&Database::in_memory());
         let (key, alice, eve) = (
             IdentityKey::new([1; 32]),
@@ -262,7 +263,7 @@ mod tests {
             (people.confirmed(&alice).unwrap(), people.compared_at(&old).unwrap()),
             (Some(old), Some(UnixMillis(5)))
         );
-        // Accepted: what was compared was the other key.
+        // The new key was accepted. The comparison was about the old one.
         people.set(old, alice.clone(), Standing::Refuted).unwrap();
         assert_eq!(people.judge(new, alice.clone()).unwrap(), Standing::Confirmed);
         assert_eq!(

@@ -1,5 +1,5 @@
-//! Removal of records that nothing can ask for any more: the digests of messages that no inbox can
-//! still have, and the digests of ciphertexts that nobody asks for any more.
+//! Removal of old records: the digests of received messages that no inbox can contain any more, and
+//! the digests of sent ciphertexts that no member can ask for any more.
 //!
 //! Each step removes a bounded number. A step runs with each page of the inbox and removes more
 //! than a page adds, so both tables stay as large as the retention needs.
@@ -12,18 +12,19 @@ use super::state::State;
 use crate::error::Error;
 
 /// The time for which received messages are recognized. A message stays in an inbox for at most 90
-/// days; the rest is a margin for servers that remove what has expired late. Beyond this time a
-/// message would be taken for a new one that cannot be read.
+/// days; the rest is a margin for servers that remove expired messages late. A message that arrives
+/// again after this time is treated as a new one that cannot be read.
 const RECOGNIZED_FOR: Duration = Duration::from_secs(120 * 24 * 3600);
 
-/// The most records of each kind that one step looks at. More than a page of the inbox adds.
+/// The maximum number of records of each kind that one step removes. A page of the inbox adds
+/// fewer.
 const STEP: u32 = 500;
 
 impl State {
-    /// Removes some of what is older than anything can ask for.
+    /// Removes up to [`STEP`] records of each kind that are too old to be needed.
     ///
-    /// `now` is the lesser of this machine's time and the server's, so that neither clock alone,
-    /// set wrong, removes what is still needed.
+    /// `now` is the earlier of this machine's time and the server's, so that one wrong clock does
+    /// not remove records that are needed.
     pub(super) fn forget_old(&self, now: UnixMillis) -> Result<(), Error> {
         self.mls.forget_received(now.minus(RECOGNIZED_FOR), STEP)?;
         self.forget_sent(now, STEP)?;

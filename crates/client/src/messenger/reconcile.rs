@@ -1,10 +1,10 @@
 //! The devices in our conversations: adding those that are missing, removing the revoked ones.
 //!
 //! Each device is a leaf of every group that its account is in. The directory (ResolveIdentity)
-//! returns the devices of an account. Before something is sent to a conversation, the directory is
-//! asked again about some of its accounts; the member that writes next adds what is missing and
-//! removes what was revoked. A device is added only with its account's statement, which every
-//! member checks, so a lying directory can leave devices out and cannot add one.
+//! returns the devices of an account. Before a message is sent to a conversation, the directory is
+//! asked again about some of its accounts; the member that writes next adds missing devices and
+//! removes revoked ones. A device is added only with its account's statement, which every member
+//! checks. A lying directory can therefore leave devices out and cannot add one.
 
 use std::collections::BTreeSet;
 
@@ -30,7 +30,7 @@ use crate::{
     link::ConnectionEvent,
 };
 
-/// The most accounts that the directory is asked about before one message.
+/// The maximum number of accounts about which the directory is asked before one message.
 const MAX_ACCOUNTS: usize = 16;
 
 impl Messenger {
@@ -106,7 +106,7 @@ impl Messenger {
                     return Ok(None);
                 };
                 let is_recent = |at: UnixMillis| at <= now() && at.plus(stale_after) > now();
-                // One row for a large group, unless some of its accounts are due.
+                // For a large group one row is enough, unless some of its accounts are due.
                 if state.checked_at(group.as_bytes())?.is_some_and(is_recent) {
                     return Ok(None);
                 }
@@ -133,7 +133,7 @@ impl Messenger {
         }
         match self.reconcile(group, &due).await {
             Err(Error::Call(error)) if error.is_temporary() => {
-                tracing::debug!(%error, "devices are checked later");
+                tracing::debug!(%error, "devices not checked, retrying later");
                 Ok(())
             }
             Err(error @ (Error::Mls(_) | Error::GroupBusy)) => {
@@ -180,7 +180,8 @@ impl Messenger {
             };
             change.remove_devices.extend(revoked(&of_account, &registered));
             let present: BTreeSet<_> = of_account.iter().filter_map(|device| device.id()).collect();
-            // A leaf without a device, of before the account had any, is that of its first one.
+            // A leaf without a device is from before the account had devices, and counts as its
+            // first one.
             let unnamed = of_account.iter().filter(|device| device.id().is_none()).count();
             let missing = registered.difference(&present).count();
             if missing > unnamed {
@@ -248,7 +249,8 @@ impl State {
         }
     }
 
-    /// Returns when the devices of an account, or of all accounts of a group, were asked for.
+    /// Returns the time at which the devices of an account, or of all accounts of a group, were
+    /// last requested.
     fn checked_at(&self, subject: &[u8; 32]) -> Result<Option<UnixMillis>, DatabaseError> {
         let row = self.database().get(CHECKED, subject)?;
         let at = row.map(|row| row[..].try_into().map(u64::from_be_bytes)).transpose();

@@ -1,4 +1,4 @@
-//! The records that a profile's database holds: protobuf, the format of this client alone.
+//! The records of a profile's database, in protobuf. Only this client reads the format.
 
 use prost::Message;
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis, Username};
@@ -11,7 +11,7 @@ use super::{
     people::{Known, Standing},
 };
 
-/// The bytes are no record.
+/// The error about bytes that are no valid record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Corrupt(String);
@@ -28,7 +28,7 @@ impl From<Corrupt> for DatabaseError {
     }
 }
 
-/// The bytes of a record, wiped when dropped.
+/// Encodes a record. The bytes are wiped when dropped.
 pub(super) fn encode(record: &impl Message) -> Zeroizing<Vec<u8>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(record.encoded_len()));
     record.encode(&mut *bytes).expect("a Vec grows as needed");
@@ -40,7 +40,7 @@ pub(super) fn decode<R: Message + Default>(bytes: &[u8]) -> Result<R, DatabaseEr
     R::decode(bytes).map_err(|error| DatabaseError::Damaged(error.to_string()))
 }
 
-/// A conversation as bytes: its kind, and 32 bytes of a key or group id.
+/// Returns a conversation as bytes: its kind, and 32 bytes of a key or group id.
 pub(super) fn conversation_key(conversation: Option<ConversationId>) -> Vec<u8> {
     match conversation {
         None => Vec::new(),
@@ -54,7 +54,7 @@ pub(super) fn conversation_key(conversation: Option<ConversationId>) -> Vec<u8> 
 pub(super) struct SavedConversation {
     #[prost(bytes = "vec", tag = "1")]
     id: Vec<u8>,
-    /// When anything last happened in it.
+    /// The time of its latest entry, in Unix milliseconds.
     #[prost(uint64, tag = "2")]
     pub(super) last: u64,
 }
@@ -143,7 +143,7 @@ impl SavedOutgoing {
     }
 }
 
-/// Every kind of event in one flat record; `kind` says which fields count.
+/// Every kind of event in one flat record; `kind` determines the fields that are used.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SavedEntry {
     #[prost(uint64, tag = "1")]

@@ -1,15 +1,16 @@
-//! Repair of messages that cannot be read: each is an entry, and its sender's client is asked to
-//! send it again.
+//! Repair of messages that cannot be read. Each is shown as an entry, and its sender's client is
+//! asked to repeat it.
 //!
-//! The receiver starts a new direct group with the sender, from a fresh key package, and asks in
-//! it, naming the messages by the SHA-256 of their bytes. The sender's client repeats the texts
-//! that it still has, to those who were to read them, marked as repeats. The newest direct group
-//! wins, so both go on in it.
+//! The receiver creates a new direct group with the sender, from a fresh KeyPackage. In this group
+//! it asks for the messages, named by the SHA-256 of their bytes. The sender's client repeats the
+//! texts that it still has and that were for the receiver, marked as repeats. Both then use this
+//! group, since it is the newest one of the two people.
 //!
-//! An unreadable message only claims its sender, so repair is bounded: one question an hour to
-//! each person, five questions for what that person sent, one answer in ten minutes. At most
-//! [`MAX_PEOPLE`] people are to be asked, for at most [`MAX_LOST_IN_TOTAL`] messages; above that,
-//! strangers are given up first. A person who did not answer within [`ASKED_WITHIN`] is given up.
+//! The sender of an unreadable message is only a claim, so repair is bounded: one question an hour
+//! and five questions in total to each person, and one answer to each person in ten minutes.
+//! Questions wait for at most [`MAX_PEOPLE`] people and [`MAX_LOST_IN_TOTAL`] messages; above these
+//! bounds, those to strangers are dropped first. A question without an answer within
+//! [`ASKED_WITHIN`] is dropped.
 
 use std::{cmp::Reverse, collections::BTreeSet, time::Duration};
 
@@ -32,9 +33,9 @@ use super::{
 };
 use crate::error::Error;
 
-/// Digests of messages that could not be read, in the lane of who is said to have sent them.
+/// Digests of messages that could not be read, in the lane of the claimed sender.
 const LOST: Table = Table::new(38);
-/// People to be asked: the time of the next question, the number of questions so far, and the key.
+/// People to ask: the time of the next question, the number of questions so far, and the key.
 const QUESTIONS: Table = Table::new(39);
 /// The entry and the time of each ciphertext of ours, by its digest. Oldest first.
 const SENT: Table = Table::new(40);
@@ -43,26 +44,28 @@ const ANSWERED: Table = Table::new(41);
 
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 const MAX_QUESTIONS: u8 = 5;
-/// The most people asked in one repair.
+/// The maximum number of people that are asked in one repair.
 const PEOPLE_AT_ONCE: usize = 4;
-/// The most messages of one person that are asked for, and the most of all people.
+/// The maximum number of messages that one person is asked for.
 const MAX_LOST: usize = 256;
+/// The maximum number of messages that all people are asked for.
 const MAX_LOST_IN_TOTAL: u64 = 4_096;
-/// The most people who are to be asked.
+/// The maximum number of people to ask.
 const MAX_PEOPLE: u64 = 256;
-/// The most people whose last answer is noted. Those of the last ten minutes are never more than
-/// the answers that were given.
+/// The maximum number of people whose last answer is noted. While all of these answers are recent,
+/// no further person is answered.
 const MAX_ANSWERED: u64 = 256;
 const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
-/// The time in which a message may be asked for: up to 90 days in the inbox, 31 days put aside, 30
-/// days for the question in our inbox, and as much again where one of the two is seldom online.
+/// The time within which a message may be asked for. A message may be 90 days in the inbox and 31
+/// days put aside, and the question 30 days in our inbox. The time is doubled for devices that are
+/// seldom online.
 const ASKED_WITHIN: Duration = Duration::from_secs(300 * 24 * 3600);
-/// The difference between clocks that is not taken for a wrong one.
+/// The difference between two clocks up to which neither is taken for wrong.
 const CLOCK_MARGIN: Duration = Duration::from_secs(24 * 3600);
 
 impl Messenger {
-    /// Asks for what could not be read, where that is due.
+    /// Sends the questions for unreadable messages that are due.
     pub(super) async fn repair(&self) -> Result<(), Error> {
         let due = self
             .store()
@@ -79,7 +82,7 @@ impl Messenger {
                 Err(error @ (Error::Call(_) | Error::Auth(_) | Error::Profile(_))) => {
                     unless_final("repair", Err(error))?;
                 }
-                // The directory does not know the person, or has no or another key.
+                // The directory does not know the person, has another key, or has no KeyPackage.
                 Err(error) => tracing::info!(%error, "a sender cannot be asked to repeat messages"),
                 Ok(()) => {}
             }
@@ -143,8 +146,8 @@ impl State {
         Ok(())
     }
 
-    /// Gives people up while more are to be asked, or for more messages, than is allowed: strangers
-    /// first, then those who were asked most often, then those who are asked earliest.
+    /// Drops questions until the bounds on people and messages hold: first those to strangers, then
+    /// those that were asked most often, then those that are due earliest.
     fn bound_questions(&self) -> Result<(), Error> {
         while self.database().count(QUESTIONS)? > MAX_PEOPLE
             || self.database().count(LOST)? > MAX_LOST_IN_TOTAL
@@ -163,7 +166,7 @@ impl State {
         Ok(self.questions()?.iter().any(|question| question.is_over(now)))
     }
 
-    /// Gives up the people who did not answer in time.
+    /// Drops the questions that were not answered in time.
     fn forget_old_questions(&self, now: UnixMillis) -> Result<(), Error> {
         for question in self.questions()?.iter().filter(|question| question.is_over(now)) {
             self.forget_questions(&question.peer)?;
@@ -171,9 +174,9 @@ impl State {
         Ok(())
     }
 
-    /// Gives up on messages that wait in vain: those that need a direct group's Welcome, which its
-    /// sender sends before everything else, once the inbox was read to its end; and those that have
-    /// waited too long.
+    /// Notes messages as lost that have waited in vain. These are messages to an unknown direct
+    /// group, once the inbox was read to its end, since its Welcome is sent before all other
+    /// messages; and those that have waited too long.
     pub(super) fn give_up(&mut self) -> Result<(), Error> {
         let me = self.me();
         let mut over = BTreeSet::new();
@@ -197,7 +200,7 @@ impl State {
         Ok(())
     }
 
-    /// Takes in a message that repeats one which we may not have been able to read.
+    /// Processes a message that repeats an earlier one, which may have been unreadable here.
     pub(super) fn take_in_repeat(
         &mut self,
         sender: &Member,
@@ -220,7 +223,8 @@ impl State {
         Ok(())
     }
 
-    /// Answers a person who could not read messages of ours: repeats those that were for them.
+    /// Answers a person who could not read messages of ours: repeats those that were for this
+    /// person.
     pub(super) fn answer(
         &mut self,
         group: GroupId,
@@ -265,7 +269,7 @@ impl State {
     /// Returns whether an answer to this person is due, and notes it. A person who is not answered
     /// asks again.
     fn may_answer(&self, asker: &IdentityKey, now: UnixMillis) -> Result<bool, Error> {
-        // A time ahead of now is that of a clock that was wrong.
+        // A time after now is from a wrong clock.
         let is_recent = |row: &[u8]| {
             let last = UnixMillis(row.try_into().map(u64::from_be_bytes).unwrap_or(0));
             last <= now && last.plus(ANSWER_AGAIN_AFTER) > now
@@ -298,7 +302,7 @@ impl State {
         })
     }
 
-    /// Notes the entry of a ciphertext of ours, to repeat its text to those who cannot read it.
+    /// Notes the entry of a ciphertext of ours, to repeat its text to members that cannot read it.
     pub(super) fn note_sent(
         &self,
         payload: &[u8],
@@ -317,8 +321,8 @@ impl State {
         Ok(self.database().number_of_key(SENT, digest)?.is_some())
     }
 
-    /// Forgets ciphertexts of ours that nobody asks for any more: of the `limit` oldest, those
-    /// encrypted [`ASKED_WITHIN`] ago. Returns how many.
+    /// Forgets ciphertexts of ours that no client asks for any more: of the `limit` oldest, those
+    /// that were encrypted [`ASKED_WITHIN`] ago. Returns their number.
     pub(super) fn forget_sent(&self, now: UnixMillis, limit: u32) -> Result<usize, Error> {
         let mut forgotten = 0;
         for item in self.database().items_after(SENT, None, limit)? {
@@ -327,14 +331,15 @@ impl State {
                 self.database().remove_item(SENT, item.number)?;
                 forgotten += 1;
             } else if at > now.plus(CLOCK_MARGIN) {
-                // The clock was ahead. Left as it is, the item would stay until that time.
+                // The clock was ahead. The item gets the present time, or it would stay until that
+                // later time.
                 self.database().replace_item(SENT, item.number, &sent(entry, now))?;
             }
         }
         Ok(forgotten)
     }
 
-    /// Asks this person for nothing that was lost up to now.
+    /// Drops the questions to a person, and the digests of messages that were lost so far.
     pub(super) fn forget_questions(&self, peer: &IdentityKey) -> Result<(), Error> {
         self.database().delete_lane(LOST, peer.as_bytes())?;
         self.database().delete(QUESTIONS, peer.as_bytes())?;
@@ -387,7 +392,7 @@ impl Question {
         Some(Self { peer: IdentityKey::try_from(key).ok()?, at, asked })
     }
 
-    /// Whether nobody expects an answer any more. A person who was not asked yet has no time.
+    /// Returns whether no answer is expected any more. A question that was not asked yet stays.
     fn is_over(&self, now: UnixMillis) -> bool {
         self.asked > 0 && self.at.plus(ASKED_WITHIN) <= now
     }
@@ -407,7 +412,8 @@ fn parse_sent(item: &Item) -> Result<(EntryId, UnixMillis), Error> {
     Ok((EntryId(number(&value[..8])), UnixMillis(number(&value[8..]))))
 }
 
-/// Whether an unreadable message was sent on the channel of the direct conversation with `peer`.
+/// Returns whether an unreadable message was sent on the channel of the direct conversation with
+/// `peer`.
 fn is_direct(me: &IdentityKey, peer: &IdentityKey, lost: &Unreadable) -> bool {
     direct_channel(me, peer) == lost.arrival.channel
 }

@@ -1,4 +1,4 @@
-//! Requests: groups and conversations that strangers want to bring us into.
+//! Requests: groups and direct conversations of strangers, which wait for a decision.
 //!
 //! A stranger is a person that we never wrote to, accepted, added to a group of ours, or compared a
 //! safety number with. A stranger's group waits until it is accepted or declined. A stranger's
@@ -26,24 +26,24 @@ use super::{
 };
 use crate::error::Error;
 
-/// The most strangers whose direct conversations we have without having written to them.
+/// The maximum number of strangers with a direct conversation in which we have not written.
 pub const MAX_STRANGERS: u64 = 100;
-/// The most MLS groups of the direct conversation with one stranger. A client that lost its state
-/// begins a new one.
+/// The maximum number of MLS groups of the direct conversation with one stranger. A client that
+/// lost its state creates a new one.
 const MAX_GROUPS_OF_STRANGER: u64 = 4;
 
-/// Names asked about concurrently.
+/// The maximum number of names that are looked up concurrently.
 const NAMES_AT_ONCE: usize = 32;
 
-/// Present once the people of an earlier release's profile are noted.
+/// Present once the people of an earlier release's profile are noted as acquainted.
 const ARE_NOTED: &[u8] = b"acquainted";
-/// The entry that says that a request waits, until requests are listed or one is decided on.
+/// The entry that announces a waiting request, until requests are listed or one is decided on.
 const ANNOUNCEMENT: &[u8] = b"requests-announced";
 
 /// A stranger's group or direct conversation that waits to be accepted or declined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContactRequest {
-    /// The id to accept or decline it by.
+    /// The id by which the request is accepted or declined.
     pub id: GroupId,
     /// The stranger, who created the group.
     pub from: Person,
@@ -58,7 +58,7 @@ pub struct ContactRequest {
 /// The requests that wait.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Requests {
-    /// The oldest first.
+    /// The waiting requests, the oldest first.
     pub waiting: Vec<ContactRequest>,
     /// The number of requests that were dropped because too many waited.
     pub dropped: u64,
@@ -111,8 +111,8 @@ impl Messenger {
         Ok(conversation)
     }
 
-    /// Declines a request: forgets it, and what is sent to its group from now on. The creator is
-    /// not notified, and can ask again; [`Messenger::block`] prevents that.
+    /// Declines a request, and drops later messages to its group. The creator is not notified, and
+    /// can send another request; [`Messenger::block`] prevents that.
     pub async fn decline(&self, request: GroupId) -> Result<(), Error> {
         self.store()
             .change(move |state| {
@@ -127,7 +127,7 @@ impl Messenger {
         Ok(())
     }
 
-    /// Returns what a claimed name is worth, by the directory's name for the key.
+    /// Returns the standing of a claimed name, by the directory's name for the key.
     async fn standing(&self, claimed: &Person, name: Option<&Username>) -> Result<Standing, Error> {
         if name != Some(&claimed.username) {
             return Ok(Standing::Refuted);
@@ -176,12 +176,12 @@ fn groups_of_stranger(row: &[u8]) -> Result<u64, DatabaseError> {
 }
 
 impl State {
-    /// Notes that a new profile knows nobody.
+    /// Notes that a new profile has no people of an earlier release.
     pub(super) fn begin_noting_acquaintances(&self) -> Result<(), DatabaseError> {
         self.set_number(ARE_NOTED, Some(1))
     }
 
-    /// Notes that nobody in the profile is a stranger.
+    /// Notes everyone in the profile as acquainted.
     fn note_everyone(&self) -> Result<(), DatabaseError> {
         for identity in self.people.everyone()? {
             self.meet(&identity)?;
@@ -215,7 +215,7 @@ impl State {
         Ok(())
     }
 
-    /// Counts a stranger's direct conversation no more.
+    /// Removes a stranger's direct conversation from the count.
     pub(super) fn forget_stranger(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         self.database().delete(STRANGERS, identity.as_bytes()).map(drop)
     }
@@ -234,8 +234,8 @@ impl State {
         Ok(())
     }
 
-    /// Notes in the history that a request waits, unless an unseen entry says that already.
-    /// Otherwise strangers could fill the history.
+    /// Announces a request by an entry, unless an earlier announcement is unseen. Otherwise
+    /// strangers could fill the history.
     pub(super) fn announce(&self, request: qpq_mls::Request, at: UnixMillis) -> Result<(), Error> {
         if self.number(ANNOUNCEMENT)?.is_some() {
             return Ok(());
@@ -371,7 +371,7 @@ mod tests {
         }
         assert!(!joins(&first));
 
-        // An answer makes room, and ends the bound for that person.
+        // Our answer makes room for others, and ends the bound for that person.
         state.meet(&summary.creator).unwrap();
         assert!(joins(&first) && joins(&further));
         state.count_stranger(&summary).unwrap();

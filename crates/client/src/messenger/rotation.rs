@@ -21,16 +21,16 @@ use crate::error::Error;
 
 /// The time in which all members renew their keys, divided by their number.
 const FOR_EACH_MEMBER: Duration = Duration::from_secs(2);
-/// The time for which further requests are ignored.
+/// The time after a renewal for which further requests are ignored.
 const AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
 impl Messenger {
-    /// Renews our keys in the groups in which that was requested and is due.
+    /// Renews our keys in the groups in which a requested renewal is due.
     pub(super) async fn renew_keys(&self) -> Result<(), Error> {
         self.renew_keys_at(now()).await
     }
 
-    /// Renews our keys where that is due at a time. For tests.
+    /// Renews our keys in the groups in which a requested renewal is due at `now`. For tests.
     #[doc(hidden)]
     pub async fn renew_keys_at(&self, now: UnixMillis) -> Result<(), Error> {
         let is_due = self.store().read(move |state| state.is_renewal_due(now)).await?;
@@ -63,7 +63,8 @@ impl State {
         Ok(())
     }
 
-    /// Returns the time of the last request in a group and the time of our renewal, 0 once done.
+    /// Returns the time of the last request in a group, and the time at which our renewal is due: 0
+    /// once it is done.
     fn rotation(&self, group: &GroupId) -> Result<Option<(UnixMillis, u64)>, DatabaseError> {
         let row = self.database().get(ROTATIONS, group.as_bytes())?;
         Ok(row.map(|row| parse(&row)).transpose()?.map(|(at, due, _)| (at, due)))

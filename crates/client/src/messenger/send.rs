@@ -21,11 +21,12 @@ use crate::{
     profile::{self, Task},
 };
 
-/// The most bytes of UTF-8 in one message.
+/// The maximum length of a message, in bytes of UTF-8.
 pub const MAX_TEXT: usize = 64 * 1024;
 
-/// Messages that are sent before the server's answers to them are saved. After a crash, a message
-/// without a saved answer is sent again under its message id, which the server recognizes.
+/// The number of messages that are sent before the server's answers to them are saved. After a
+/// crash, a message without a saved answer is sent again under its message id, which the server
+/// recognizes.
 const SEND_BATCH: usize = 16;
 /// Maximum time until the answers are saved, unless one message takes longer: a server may accept
 /// only a few bytes at a time.
@@ -34,21 +35,21 @@ const SAVED_WITHIN: Duration = Duration::from_secs(1);
 /// A message that is saved and sent, or will be sent.
 #[derive(Debug)]
 pub struct Sent {
-    /// Its entry in the history.
+    /// The entry of the message in the history.
     pub entry: EntryId,
-    /// How far the message got.
+    /// The result of sending.
     pub outcome: SendOutcome,
 }
 
-/// How far a message got before [`Messenger::send`] returned.
+/// The state of a message when [`Messenger::send`] returned.
 #[derive(Debug)]
 pub enum SendOutcome {
-    /// The server has stored it for all recipients.
+    /// The server has stored the message for all recipients.
     Sent,
-    /// The message is saved here, and the next operation that sends will send it: the server
-    /// cannot be reached (`Some`), or a recipient's inbox has no room now (`None`).
+    /// The message is saved here, and the next operation that sends will send it. The server cannot
+    /// be reached (`Some`), or a recipient's inbox has no room now (`None`).
     Queued(Option<CallError>),
-    /// The server refuses it for a recipient; an [`Event::Undeliverable`] names the recipient.
+    /// The server refuses the message for a recipient, which an [`Event::Undeliverable`] names.
     Refused,
 }
 
@@ -62,17 +63,16 @@ impl Messenger {
         Ok(ConversationId::Direct(person.identity))
     }
 
-    /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this returns,
-    /// the message is saved, and will be sent even if it could not be now.
+    /// Sends a text of at most [`MAX_TEXT`] bytes to everyone in a conversation. When this function
+    /// returns, the message is saved. If it could not be sent now, it is sent later.
     pub async fn send(&self, conversation: ConversationId, text: &str) -> Result<Sent, Error> {
         let entry = self.queue(conversation, text).await?;
         let outcome = self.outcome(self.flush().await, Some(entry)).await?;
         Ok(Sent { entry, outcome })
     }
 
-    /// Saves a text that is to be sent, and leaves the sending to [`Messenger::flush`]: for those
-    /// who cannot wait for the server. Only a conversation's first message asks the server for
-    /// something.
+    /// Saves a text for sending, without waiting for the server. [`Messenger::flush`] sends the
+    /// text. Only the first message of a conversation causes calls to the server.
     pub async fn queue(&self, conversation: ConversationId, text: &str) -> Result<EntryId, Error> {
         let entries = self.queue_all(conversation, vec![text.to_owned()]).await?;
         Ok(entries[0])
@@ -105,7 +105,7 @@ impl Messenger {
             .await
     }
 
-    /// Returns how far a message of ours got; `None` once its entry was removed.
+    /// Returns the delivery state of a message of ours; `None` if there is no such entry.
     pub async fn delivery(&self, entry: EntryId) -> Result<Option<DeliveryState>, Error> {
         self.store().read(move |state| Ok(state.log.delivery(entry)?)).await
     }
@@ -125,7 +125,7 @@ impl Messenger {
 
     /// Checks that this state is no older copy of the profile, before anything is encrypted.
     ///
-    /// Where the server cannot be asked now, that is noted and checked later.
+    /// If the server cannot be asked now, the check is done later.
     pub(super) async fn verify(&self) -> Result<(), Error> {
         if self.shared.verified.load(Ordering::Relaxed) {
             return Ok(());
@@ -144,7 +144,7 @@ impl Messenger {
         self.store().change(|state| Ok(state.begin_unverified()?)).await
     }
 
-    /// As [`Messenger::flush`], but nothing that was written after this message of ours.
+    /// Sends the outbox as [`Messenger::flush`] does, up to this message of ours.
     pub async fn flush_until(&self, entry: EntryId) -> Result<(), Error> {
         match self.store().read(move |state| Ok(state.outbox.end_of(entry)?)).await? {
             Some(end) => self.send_until(end).await,
@@ -175,7 +175,7 @@ impl Messenger {
 
     /// Sends the first items of a backlog, and saves the answers.
     ///
-    /// Sends few enough that others may wait for it. Several tasks and processes may send
+    /// Sends so few items that other tasks can wait for it. Several tasks and processes may send
     /// concurrently: each begins with the oldest item that is left.
     async fn send_some(&self, backlog: &mut Backlog) -> Result<Unsent, Error> {
         let _alone = self.shared.flushing.lock().await;
@@ -283,7 +283,7 @@ impl Messenger {
         }
     }
 
-    /// Returns how far a message got, from the result of the flush after it.
+    /// Returns the outcome for a message, from the result of the flush after it.
     pub(super) async fn outcome(
         &self,
         flushed: Result<(), Error>,
@@ -309,10 +309,11 @@ impl Messenger {
 
 /// The content of the outbox when a task begins to send it.
 struct Backlog {
-    /// The item that was sent last.
+    /// The last item that was sent.
     from: Option<OutboxPosition>,
     end: OutboxPosition,
-    /// A recipient that cannot get one message now gets none after it either: the order matters.
+    /// The recipients to which a message could not be sent now. Later messages are not sent to them
+    /// either, to keep the order.
     stopped: BTreeSet<IdentityKey>,
 }
 

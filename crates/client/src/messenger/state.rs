@@ -1,4 +1,4 @@
-//! All that a profile keeps, as one transaction sees it.
+//! The state of a profile within one transaction.
 
 use qpq_domain::{IdentityKey, SessionToken, Username};
 use qpq_mls::{
@@ -17,11 +17,11 @@ use super::{
 const TOKEN: &[u8] = b"session-token";
 /// The history that the server's seqs belong to.
 const STORE_ID: &[u8] = b"store-id";
-/// There while our key packages on the server are to be replaced.
+/// Present while our KeyPackages on the server must be replaced.
 pub(super) const REPLACE_PACKAGES: &[u8] = b"replace-packages";
-/// When our key packages on the server were last replaced as a whole.
+/// The time at which all of our KeyPackages on the server were last replaced.
 pub(super) const PACKAGES_SINCE: &[u8] = b"packages-since";
-/// The seq up to which an earlier release processed the inbox, without noting what it processed.
+/// The seq up to which an earlier release processed the inbox, without noting the messages.
 pub(super) const LEGACY_CURSOR: &[u8] = b"legacy-cursor";
 
 /// A profile's state within one transaction of its database. Changes are saved before anything that
@@ -69,7 +69,7 @@ impl State {
         &self.database
     }
 
-    /// Writes what is still in memory. To be called before the transaction ends.
+    /// Writes the changes that are only in memory. Must be called before the transaction ends.
     pub(crate) fn save(&mut self) -> Result<(), DatabaseError> {
         self.mls.save()
     }
@@ -78,7 +78,7 @@ impl State {
         self.mls.identity().public()
     }
 
-    /// The conversation that a group of ours is part of.
+    /// Returns the conversation that a group of ours belongs to.
     pub(crate) fn conversation_of(
         &self,
         group: &GroupId,
@@ -87,7 +87,7 @@ impl State {
         Ok(summary.map(|summary| ConversationId::of(&summary, &self.me())))
     }
 
-    /// The session to use until it ends.
+    /// Returns the token of the session.
     pub(crate) fn token(&self) -> Result<Option<SessionToken>, DatabaseError> {
         let Some(bytes) = self.database.get(SETTINGS, TOKEN)? else { return Ok(None) };
         Ok(Some(SessionToken::try_from(&bytes[..]).map_err(Corrupt::new)?))
@@ -113,12 +113,12 @@ impl State {
         Ok(before.is_some())
     }
 
-    /// Notes that our key packages on the server are to be replaced.
+    /// Notes that our KeyPackages on the server are to be replaced.
     pub(super) fn replace_packages(&self) -> Result<(), DatabaseError> {
         self.set_number(REPLACE_PACKAGES, Some(1))
     }
 
-    /// A number among the settings.
+    /// Returns a number among the settings.
     pub(super) fn number(&self, name: &[u8]) -> Result<Option<u64>, DatabaseError> {
         let Some(bytes) = self.database.get(SETTINGS, name)? else { return Ok(None) };
         let bytes = bytes[..].try_into().map_err(Corrupt::new)?;

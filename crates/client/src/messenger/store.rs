@@ -1,4 +1,4 @@
-//! A profile's state on disk: each change is committed before anyone sees its result.
+//! A profile's state on disk. Each change is committed before its result is returned.
 //!
 //! Nothing of the state stays in memory between transactions, so other processes may use the same
 //! profile. An operation that only one process may perform at a time has a `Turn`.
@@ -48,7 +48,7 @@ impl StateStore {
         .await
     }
 
-    /// Creates the state of a new profile, with a given content.
+    /// Creates the state of a new profile, with the content that `fill` writes.
     pub(crate) async fn create_with(
         in_use: InUse,
         key: VaultKey,
@@ -65,7 +65,7 @@ impl StateStore {
         Ok(Self { open: Arc::new(Mutex::new(open)), dir })
     }
 
-    /// Opens a profile's state; one that an earlier release saved is imported first.
+    /// Opens a profile's state. The state of an earlier release is imported first.
     pub(crate) async fn open(in_use: InUse, key: VaultKey) -> Result<Self, ProfileError> {
         let dir = in_use.dir.clone();
         let open = blocking(move || {
@@ -77,7 +77,7 @@ impl StateStore {
     }
 
     /// Changes the state, in one transaction. If `change` or the commit fails, nothing has changed.
-    /// Once begun it ends even if the future is dropped.
+    /// A transaction that has begun ends even if the future is dropped.
     pub(crate) async fn change<R: Send + 'static>(
         &self,
         change: impl FnOnce(&mut State) -> Result<R, Error> + Send + 'static,
@@ -95,7 +95,7 @@ impl StateStore {
         .map_err(|error| self.name(error))
     }
 
-    /// Looks at the state, as it was last committed.
+    /// Reads the state as it was last committed.
     pub(crate) async fn read<R: Send + 'static>(
         &self,
         look: impl FnOnce(&State) -> Result<R, Error> + Send + 'static,
@@ -119,7 +119,7 @@ impl StateStore {
         &self.dir
     }
 
-    /// Says which profile's state it was that failed.
+    /// Adds the path of the profile to an error of its state.
     fn name(&self, error: Error) -> Error {
         match error {
             Error::State(error) | Error::Mls(qpq_mls::Error::Database(error)) => {
@@ -135,7 +135,7 @@ impl StateStore {
     }
 }
 
-/// The salt that the key of the profile in `dir` was derived with.
+/// Returns the salt with which the key of the profile in `dir` was derived.
 pub(super) fn salt(dir: &Path) -> Result<Salt, ProfileError> {
     let path = database_path(dir);
     if exists(&path)? {
@@ -149,11 +149,11 @@ pub(super) fn salt(dir: &Path) -> Result<Salt, ProfileError> {
     }
 }
 
-/// Opens the database in `dir`, made of the vault there if that is what there is.
+/// Opens the database in `dir`. If there is only a vault, imports the vault into a new database.
 ///
-/// The database appears whole, under its name, when the import is complete and on the disk. Until
-/// then the vault is what counts, and after a crash the import begins again; from then on the
-/// database is, and a vault that is still there is removed.
+/// The database appears under its name when the import is complete and on the disk. Until then the
+/// vault is the state, and after a crash the import begins again. From then on the database is the
+/// state, and a vault that is still there is removed.
 fn open(dir: &Path, key: &VaultKey) -> Result<Database, ProfileError> {
     let (database, vault) = (database_path(dir), vault_path(dir));
     if exists(&database)? {

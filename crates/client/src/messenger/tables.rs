@@ -16,14 +16,15 @@ pub(super) const UNCHECKED: Table = Table::new(36);
 pub(super) const BLOCKED: Table = Table::new(42);
 /// Single values.
 pub(super) const SETTINGS: Table = Table::new(37);
-/// Keys of people who are no strangers: whose groups are joined without asking.
+/// Keys of people who are no strangers. Their groups are joined without asking.
 pub(super) const ACQUAINTED: Table = Table::new(43);
-/// 45 and 46 are in `changes`. When the directory was last asked about the devices of an account,
-/// or of all accounts of a group.
+/// The time at which the directory was last asked about the devices of an account, or of all
+/// accounts of a group. 45 and 46 are in `changes`.
 pub(super) const CHECKED: Table = Table::new(47);
-/// Requests to renew keys: when they came, when they are due, and the group.
+/// Requests to renew keys: the time of arrival, the time at which the renewal is due, and the
+/// group.
 pub(super) const ROTATIONS: Table = Table::new(48);
-/// When we last tried to join a channel's group by ourselves.
+/// The time of the last attempt to join a channel's group by ourselves.
 pub(super) const TRIED: Table = Table::new(49);
 /// Requests of new devices to be linked: the time of arrival, and the request.
 pub(super) const LINK_REQUESTS: Table = Table::new(50);

@@ -50,7 +50,7 @@ async fn a_name_and_a_key_are_registered_once() {
     assert!(matches!(taken, AuthError::UsernameTaken), "{taken:?}");
     let taken = client.register(&username("bob"), &password(), &identity, None).await.unwrap_err();
     assert!(matches!(taken, AuthError::IdentityTaken), "{taken:?}");
-    // The first one's password still opens the account.
+    // The password of the first registration still opens the account.
     client.login(&alice, &password()).await.unwrap();
 }
 
@@ -106,7 +106,7 @@ async fn a_password_is_the_same_however_its_characters_are_composed() {
         let (password, name) = (Password::from(registered), username(name));
         let registering = Messenger::register(dir.path(), options, &name, &password, None);
         registering.await.unwrap().client().close().await;
-        // The login and the key of the profile both.
+        // Both the login and the key of the profile accept each form.
         for password in [typed, registered] {
             Messenger::unlock(dir.path(), &Password::from(password)).await.unwrap();
         }
@@ -165,7 +165,7 @@ async fn an_account_registered_with_the_password_as_typed_still_logs_in() {
     }
 }
 
-/// The profile of an earlier release whose account and vault both have the password as typed.
+/// The profile is of an earlier release: its account and vault both have the password as typed.
 #[tokio::test]
 async fn a_vault_sealed_with_the_password_as_typed_still_opens() {
     let server = Server::start().await;
@@ -184,7 +184,7 @@ async fn a_vault_sealed_with_the_password_as_typed_still_opens() {
     let refused = Messenger::unlock_at(dir.path(), addr, pinned.clone(), &wrong).await.unwrap_err();
     assert!(matches!(refused, Error::Auth(AuthError::WrongPassword)), "{refused:?}");
     assert!(path.exists());
-    // The first imports the vault, the second opens the database.
+    // The first unlock imports the vault, the second opens the database.
     for _ in 0..2 {
         let typed = Password::from(DECOMPOSED);
         let addr = server.addr.to_string();

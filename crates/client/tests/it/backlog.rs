@@ -7,14 +7,14 @@ use qpq_server::Config;
 
 use crate::harness::{Server, dm, history, line, read, soon};
 
-/// Messages that each has still to send.
+/// The number of messages that each client has still to send.
 const BACKLOG: usize = 120;
 
 fn texts(from: &str) -> impl Iterator<Item = String> {
     (0..BACKLOG).map(move |n| format!("{from} {n}"))
 }
 
-/// How many messages of ours are still to be sent.
+/// Returns the number of messages of ours that are not sent yet.
 async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
     let entries = messenger.history(conversation, usize::MAX).await.unwrap();
     let is_queued =
@@ -22,8 +22,8 @@ async fn unsent(messenger: &Messenger, conversation: ConversationId) -> usize {
     entries.iter().filter(|entry| is_queued(&entry.event)).count()
 }
 
-/// Listens until all of `from`'s messages are there and ours are sent; answers the texts that came,
-/// each with how many of ours were still to be sent then.
+/// Listens until all messages of the other client have arrived, then sends the rest of ours.
+/// Returns the received texts, each with the number of our messages that were unsent at that time.
 async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(String, usize)> {
     let mut listener = messenger.listen();
     let mut received = Vec::new();
@@ -89,7 +89,7 @@ async fn a_client_that_may_send_little_at_a_time_still_reads() {
         }
     })
     .await;
-    // Her sending waits for minutes now.
+    // Alice's sending waits for minutes now.
     bob.receive().await.unwrap();
     bob.send(with_alice, "hello").await.unwrap();
     let received = soon(listener.next()).await.unwrap().unwrap();
@@ -98,7 +98,7 @@ async fn a_client_that_may_send_little_at_a_time_still_reads() {
 }
 
 #[tokio::test]
-async fn a_backlog_is_sent_as_far_as_one_asks() {
+async fn a_backlog_is_sent_up_to_the_given_message() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;

@@ -1,4 +1,4 @@
-//! People talking.
+//! Conversations of two and more people, and the stream of entries.
 
 use qpq_client::{
     ConversationKind, Error, MAX_GROUP_NAME, MAX_TEXT, Membership, MlsError, SendOutcome, Standing,

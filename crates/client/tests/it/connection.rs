@@ -20,8 +20,8 @@ async fn the_first_use_shows_the_fingerprint_and_pins_it() {
     assert_eq!(client.connect().await.unwrap(), server.fingerprint);
     assert_eq!(client.health().await.unwrap().status, "ok");
 
-    // The same address, another certificate: the very client that trusted the first does not trust
-    // this one.
+    // The server has the same address and another certificate. The client that trusted the first
+    // does not trust this one.
     server.stop().await;
     std::fs::remove_file(server.certificate()).unwrap();
     std::fs::remove_file(server.certificate().with_file_name("server-key.der")).unwrap();
@@ -78,7 +78,7 @@ async fn a_restarted_server_is_found_again_with_the_same_session() {
     let lost = |event: &ConnectionEvent| matches!(event, ConnectionEvent::Reconnecting { .. });
     soon(events.wait_for(lost)).await.unwrap();
 
-    // A call made while nobody is there waits for the server to come back.
+    // A call that is made while the server is down waits until it is back.
     let waiting = tokio::spawn({
         let client = client.clone();
         async move {
@@ -141,7 +141,7 @@ async fn a_lost_answer_is_asked_for_again_from_a_new_port_and_the_message_is_the
     assert_eq!((answer.seq, answer.duplicate), (1, true), "the first try had arrived");
     assert_eq!(network.ports(), 2);
 
-    // Without an id it might be there twice, so it is left to the caller.
+    // A repeat without an id could store the message twice, so it is left to the caller.
     network.swallow_answers();
     let unknown = client.call::<methods::Enqueue>(to_oneself(&identity, &[])).await.unwrap_err();
     assert!(matches!(unknown, CallError::TimedOut { .. }), "{unknown:?}");
@@ -154,7 +154,7 @@ async fn a_lost_answer_is_asked_for_again_from_a_new_port_and_the_message_is_the
 }
 
 #[tokio::test]
-async fn events_come_to_every_subscriber() {
+async fn events_reach_every_subscriber() {
     let server = Server::start().await;
     let client = server.client();
     let identity = logged_in(&client).await;

@@ -1,5 +1,5 @@
 //! Crashes at every point where a program can stop: the future is dropped after its first poll, its
-//! second, and so on, and everything is read from disk again. Nothing may be lost, nothing may come
+//! second, and so on, and the whole state is read from disk again. No message may be lost or appear
 //! twice.
 
 use qpq_client::{DeliveryState, Event, Messenger};
@@ -8,7 +8,7 @@ use crate::harness::{
     Server, accept_and_read, crash_after, dm, history, password, read, restart, soon, username,
 };
 
-/// More than any of these futures takes.
+/// More polls than any of these futures takes.
 const MANY: usize = 500;
 
 #[tokio::test]
@@ -66,7 +66,7 @@ async fn a_crash_while_sending_loses_and_doubles_nothing() {
     panic!("sending never ended");
 }
 
-/// More than are sent before anything of it is saved.
+/// The backlog is larger than the number of messages that are sent before answers are saved.
 #[tokio::test]
 async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
     let server = Server::start().await;
@@ -135,7 +135,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_creator_knows_it() {
 async fn a_crash_while_registering_is_mended_by_registering_again() {
     let server = Server::start().await;
     let bob = server.user("bob").await;
-    // Every third point: each costs three password hashes.
+    // Only every third point, since each costs three password hashes.
     for polls in (1..MANY).step_by(3) {
         let name = format!("alice{polls}");
         let (dir, alice) = (server.profile(&name), username(&name));
@@ -144,7 +144,7 @@ async fn a_crash_while_registering_is_mended_by_registering_again() {
         let survived = soon(crash_after(polls, register())).await.is_some();
         let messenger = match soon(register()).await {
             Ok(messenger) => messenger,
-            // The profile was complete, perhaps without the key packages.
+            // The profile was complete, perhaps without the KeyPackages.
             Err(qpq_client::Error::Profile(qpq_client::ProfileError::Exists(_))) => {
                 Messenger::unlock(&dir, &password).await.unwrap()
             }

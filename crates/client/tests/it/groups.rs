@@ -12,7 +12,7 @@ use crate::harness::{
 
 type Conversation = qpq_client::ConversationId;
 
-/// A group of the named users, created by the first, which all have joined.
+/// Creates a group of the named users by the first of them, which all have joined.
 async fn group_of(users: &[&Messenger]) -> Conversation {
     let group = users[0].create_group("friends").await.unwrap();
     for user in &users[1..] {
@@ -147,7 +147,7 @@ async fn a_change_takes_effect_once_after_a_crash_at_any_step() {
         drop(alice);
         alice = restart(&dir, &key).await;
         alice.flush().await.unwrap();
-        // Nothing was saved if it crashed early.
+        // After an early crash nothing was saved.
         if !names(&alice, group).await.contains(&"carol".to_owned()) {
             alice.add(group, &username("carol")).await.unwrap();
         }
@@ -212,8 +212,8 @@ async fn a_restored_profile_that_missed_commits_joins_its_groups_again() {
 
     let bob = reopen(&dir, &key).await;
     alice.send(group, "two").await.unwrap();
-    // The commit does not come again: bob's client notices that it is behind, joins again, and asks
-    // for what it cannot read.
+    // The commit does not arrive again. Bob's client notices that it is behind, joins again, and
+    // asks for the messages that it cannot read.
     let first = read(&bob).await;
     assert!(first.contains(&"joined by bob".to_owned()), "{first:?}");
     alice.receive().await.unwrap();
@@ -300,7 +300,7 @@ async fn a_change_that_the_server_cannot_accept_now_takes_effect_later() {
     drop(alice);
     server.stop().await;
     let alice = reopen(&dir, &key).await;
-    // Saved before the server is called.
+    // The change is saved before the server is called.
     let renamed = tokio::time::timeout(Duration::from_secs(1), alice.rename(group, "later")).await;
     assert!(renamed.is_err(), "{renamed:?}");
     server.start_again().await;
@@ -315,7 +315,7 @@ async fn a_change_that_the_server_cannot_accept_now_takes_effect_later() {
 }
 
 #[tokio::test]
-async fn groups_go_on_after_the_server_went_back_in_time() {
+async fn groups_continue_after_the_server_went_back_in_time() {
     let mut server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];
@@ -346,7 +346,7 @@ async fn groups_go_on_after_the_server_went_back_in_time() {
         user.renew_keys_at(later).await.unwrap();
         user.receive().await.unwrap();
     }
-    // The server has a group again that it did not know, and a member that it had lost.
+    // Now the server has the group that it did not know, and the member that it had lost.
     alice.rename(others, "best friends").await.unwrap();
     alice.rename(group, "closest friends").await.unwrap();
     for user in [&bob, &carol] {

@@ -1,4 +1,4 @@
-//! A server of one's own, people who use it, and a way to crash them.
+//! A server for each test, people who use it, and a way to crash their clients.
 
 use std::{
     future::{Future, poll_fn},
@@ -52,7 +52,7 @@ impl Server {
         self.running.take().expect("it runs").shutdown(std::future::ready(())).await;
     }
 
-    /// As on SIGTERM: clients are notified, calls in flight end.
+    /// Stops the server as on SIGTERM: clients are notified, calls in progress end.
     pub(crate) async fn drain(&mut self) {
         self.running.take().expect("it runs").shutdown(std::future::pending()).await;
     }
@@ -102,7 +102,7 @@ impl Server {
         self.dir.path().join("profiles").join(name)
     }
 
-    /// A registered user with key packages on the server.
+    /// Registers a user, with KeyPackages on the server.
     pub(crate) async fn user(&self, name: &str) -> Messenger {
         Messenger::register(&self.profile(name), self.options(), &username(name), &password(), None)
             .await
@@ -129,13 +129,12 @@ pub(crate) fn password() -> Password {
     Password::from(PASSWORD)
 }
 
-/// The direct conversation of one user with another.
+/// Returns the direct conversation of one user with another.
 pub(crate) async fn dm(from: &Messenger, to: &str) -> ConversationId {
     from.conversation_with(&username(to)).await.unwrap()
 }
 
-/// Receives, notes everything as seen, and gives what was received as "name: text", "+name" and the
-/// like.
+/// Receives entries and marks them as seen. Returns them as lines such as "name: text" and "+name".
 pub(crate) async fn read(messenger: &Messenger) -> Vec<String> {
     let entries = messenger.receive().await.unwrap();
     let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
@@ -193,7 +192,8 @@ pub(crate) async fn reopen(dir: &Path, key: &qpq_client::VaultKey) -> Messenger 
     Messenger::unlock_with_key(dir, key.clone()).await.unwrap()
 }
 
-/// As [`reopen`], once the process that crashed has ended: what it had begun to save is saved.
+/// Opens a profile as [`reopen`] does, once the crashed process has ended and its last change is
+/// saved.
 pub(crate) async fn restart(dir: &Path, key: &qpq_client::VaultKey) -> Messenger {
     let lock = std::fs::File::open(dir.join("lock")).unwrap();
     tokio::task::spawn_blocking(move || lock.lock()).await.unwrap().unwrap();
@@ -214,7 +214,7 @@ pub(crate) fn crash_after<F: Future>(
         left -= 1;
         match future.as_mut().poll(cx) {
             Poll::Ready(output) => Poll::Ready(Some(output)),
-            // The last poll was in vain: the crash comes now, not when something happens.
+            // The polls are used up: the crash happens now, not at the next event.
             Poll::Pending if left == 0 => Poll::Ready(None),
             Poll::Pending => Poll::Pending,
         }

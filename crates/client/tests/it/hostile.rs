@@ -1,4 +1,4 @@
-//! Inboxes with more in them than honest people put there.
+//! Inboxes with messages that honest people do not send.
 
 use qpq_client::{Client, Event, Identity, Messenger, Standing, methods, v1};
 
@@ -47,7 +47,7 @@ async fn duplicates_and_the_wrong_order_do_no_harm() {
     }
     let envelopes = drain(&bob).await;
     assert_eq!(envelopes.len(), 4);
-    // The Welcome comes last, and everything twice.
+    // The Welcome arrives last, and each message arrives twice.
     for envelope in envelopes.iter().rev().chain(&envelopes) {
         enqueue(bob.client(), &bob, envelope.data.to_vec()).await;
     }

@@ -1,5 +1,5 @@
-//! Profiles that an earlier release wrote: their state is imported at the first unlock, whatever
-//! interrupts that.
+//! Profiles that an earlier release wrote. Their state is imported at the first unlock, also after
+//! interruptions.
 
 use std::{fs, path::Path};
 
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::harness::{history, line};
 
-/// A copy of a profile of that release, and its key.
+/// Returns a copy of a profile of that release, and its key.
 pub(crate) fn fixture(name: &str) -> (TempDir, VaultKey) {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     let to = tempfile::tempdir().unwrap();
@@ -50,14 +50,15 @@ async fn an_earlier_releases_profile_is_imported_and_its_file_removed() {
 
 #[tokio::test]
 async fn an_import_that_was_interrupted_begins_again_or_is_complete() {
-    // While the new file was written: it is no database yet.
+    // Interrupted while the new file was written, which is no database yet.
     let (dir, key) = fixture("bob");
     fs::write(dir.path().join("state.db.new"), b"half of it").unwrap();
     fs::write(dir.path().join("state.db.new-journal"), b"half of it").unwrap();
     assert_is_bobs(&Messenger::unlock_with_key(dir.path(), key).await.unwrap()).await;
     assert!(!dir.path().join("state.db.new").exists());
 
-    // Before the old file was removed: what was imported counts, and what was done since.
+    // Interrupted before the old file was removed: the database counts, with the changes since
+    // then.
     let (dir, key) = fixture("bob");
     let vault = fs::read(dir.path().join("state.vault")).unwrap();
     let bob = Messenger::unlock_with_key(dir.path(), key.clone()).await.unwrap();

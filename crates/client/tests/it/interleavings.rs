@@ -1,4 +1,4 @@
-//! Random interleavings of everything that goes back in time or stops in the middle.
+//! Random interleavings of restores from older copies and of crashes.
 //!
 //! Two people write to each other. The server is replaced by an older copy, a profile is replaced
 //! by an older copy, and a process ends between any two steps of sending and receiving. Each text
@@ -20,7 +20,7 @@ use crate::harness::{Server, copy_dir, crash_after, dm, restart, soon};
 
 const SEEDS: u64 = 4;
 const STEPS: usize = 14;
-/// Most sending and receiving takes fewer polls than this.
+/// The upper bound of polls before a crash. Most sending and receiving takes fewer.
 const MOST_POLLS: usize = 24;
 
 const NAMES: [&str; 2] = ["alice", "bob"];
@@ -31,7 +31,8 @@ struct Side {
     key: VaultKey,
     dir: PathBuf,
     other: ConversationId,
-    /// How many unreadable messages of the other person were shown since the last replacement.
+    /// The number of unreadable messages of the other person that were shown since the last
+    /// replacement.
     unreadable: usize,
 }
 
@@ -50,7 +51,7 @@ impl Side {
         self.messenger.clone().expect("it runs between two steps")
     }
 
-    /// Ends the process and waits until it has.
+    /// Ends the process and waits until it has ended.
     async fn end(&mut self) {
         self.messenger = None;
         let lock = fs::File::open(self.dir.join("lock")).unwrap();
@@ -67,7 +68,8 @@ impl Side {
 enum Fate {
     /// The sender received the server's acknowledgement.
     Acknowledged,
-    /// The sender's process ended, or the server did not accept it: it may arrive or not.
+    /// The sender's process ended, or the server did not accept the text. The text may arrive or
+    /// not.
     Unknown,
 }
 
@@ -78,7 +80,7 @@ struct World {
     copies: tempfile::TempDir,
     /// The texts sent since the last replacement, with the side that sent them.
     sent: BTreeMap<String, (usize, Fate)>,
-    /// How often each text was shown.
+    /// The number of times that each text was shown.
     shown: BTreeMap<String, usize>,
     server_copy: Option<PathBuf>,
     profile_copies: [Option<PathBuf>; 2],
@@ -108,7 +110,7 @@ impl World {
             acknowledged: 0,
             replaced: 0,
         };
-        // With a conversation and without one.
+        // Odd seeds begin with a conversation, even ones without.
         if seed % 2 == 1 {
             world.send(0).await;
             world.read(1).await;
@@ -236,7 +238,8 @@ impl World {
         format!("{}'s profile is replaced by its copy", NAMES[side])
     }
 
-    /// Something was replaced by an older copy: what was sent before may be lost or repeated.
+    /// Notes that something was replaced by an older copy. Earlier messages may be lost or
+    /// repeated.
     fn replace(&mut self) {
         self.sent.clear();
         self.sides.iter_mut().for_each(|side| side.unreadable = 0);
@@ -273,7 +276,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[tokio::test]
-async fn what_is_acknowledged_after_going_back_in_time_is_shown_once_or_named() {
+async fn texts_acknowledged_after_a_restore_are_shown_once_or_named() {
     let first = number("QPQ_SEED").unwrap_or(0);
     let (mut acknowledged, mut replaced) = (0, 0);
     for seed in first..first + number("QPQ_SEEDS").unwrap_or(SEEDS) {

@@ -46,7 +46,7 @@ struct Relay {
     lie: Mutex<Option<Lie>>,
     peeks: Mutex<usize>,
     fails_acks: AtomicBool,
-    /// Acks are not passed on and not answered.
+    /// Whether Acks are neither passed on nor answered.
     parks_acks: AtomicBool,
     /// Notified when a client has received an answer to Peek.
     peeked: Arc<Notify>,
@@ -227,7 +227,7 @@ async fn an_impossible_seq_is_refused_and_the_next_honest_answer_is_read_in_full
 }
 
 #[tokio::test]
-async fn a_page_that_comes_again_and_again_ends_the_read_and_is_shown_once() {
+async fn a_repeated_page_ends_the_read_and_is_shown_once() {
     let server = Server::start().await;
     let liar = Liar::before(&server);
     let (alice, bob) = (server.user("alice").await, liar.user(&server, "bob").await);
@@ -280,7 +280,7 @@ async fn an_ack_is_not_sent_on_another_connection_than_its_peek() {
     read(&bob).await;
     alice.send(with_bob, "one").await.unwrap();
     let peeked = Arc::clone(&liar.service.peeked);
-    // Forgets the answers before this one.
+    // Drops the notifications of earlier answers.
     let _ = soon(peeked.notified()).now_or_never();
     liar.service.parks_acks.store(true, Ordering::Relaxed);
     liar.take_reads();

@@ -12,7 +12,7 @@ use crate::harness::{
 };
 use crate::liar::Liar;
 
-/// Longer than a test takes.
+/// A patience that is longer than a test takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The patience of a test that expects no approval.
 const SHORT: Duration = Duration::from_millis(2500);
@@ -27,7 +27,7 @@ impl Server {
         Messenger::link(&dir, self.options(), &username(name), &password(), device).await.unwrap()
     }
 
-    /// A further device of a user, approved by an old one.
+    /// Links a further device of a user, approved by an old one.
     async fn linked(&self, old: &Messenger, device: &str) -> Messenger {
         let linking = self.ask(old.profile().username.as_str(), device).await;
         Box::pin(approve(old, linking.code())).await.unwrap();
@@ -46,7 +46,7 @@ async fn approve(old: &Messenger, code: LinkCode) -> Result<(), Error> {
     old.approve_link(request.ok_or(Error::NoSuchLinkRequest)?, &password()).await
 }
 
-/// Reads without what is about devices.
+/// Reads, and returns the texts without entries about devices.
 async fn texts(messenger: &Messenger) -> Vec<String> {
     let read = read(messenger).await;
     read.into_iter().filter(|line| line.contains(": ")).collect()
@@ -95,7 +95,7 @@ async fn a_linked_device_shows_every_message_once_and_sends_as_the_account() {
     assert_eq!(laptop.profile().identity, alice.profile().identity);
     assert_eq!(names(&laptop).await, ["first device", "laptop"]);
 
-    // People are known as they were.
+    // The new device knows people as the old one does.
     assert!(laptop.compared_at(&bob.profile().identity).await.unwrap().is_some());
     let blocked = laptop.blocked().await.unwrap();
     assert_eq!(blocked.len(), 1);
@@ -144,7 +144,7 @@ async fn a_linked_device_continues_after_it_was_closed() {
     let laptop = Messenger::unlock(&server.device("alice", "laptop"), &password()).await.unwrap();
     assert_eq!(texts(&laptop).await, ["bob: are you there?"]);
     assert_eq!(texts(&alice).await, ["bob: are you there?"]);
-    // A contact of later reaches both.
+    // Messages of a later contact reach both devices.
     let carol = server.user("carol").await;
     let with_alice = dm(&carol, "alice").await;
     carol.send(with_alice, "hi").await.unwrap();
@@ -180,7 +180,7 @@ async fn nothing_is_linked_with_a_wrong_password_or_code() {
     assert!(!dir.join("profile.json").exists());
 }
 
-/// Sends something to the own inbox, as a server could that puts it there.
+/// Puts a payload into the own inbox, as a dishonest server could.
 async fn put(alice: &Messenger, payload: Vec<u8>, channel: [u8; 16]) {
     let request = v1::EnqueueRequest {
         recipient_key: alice.profile().identity.as_bytes().to_vec().into(),
@@ -231,7 +231,7 @@ async fn a_forged_grant_is_refused_and_the_genuine_one_still_counts() {
     assert!(!finished.is_finished());
     liar.be_honest();
     soon(finished).await.unwrap().unwrap();
-    // The other devices show nothing of it.
+    // The other devices show nothing about the forged grants.
     let shown = read(&alice).await;
     assert_eq!(shown, ["laptop asks to be linked"]);
 }
@@ -354,7 +354,7 @@ async fn a_revoked_device_neither_reads_nor_is_written_to() {
     bob.send(group, "without the laptop").await.unwrap();
     assert_eq!(texts(&alice).await, ["bob: without the laptop"]);
 
-    // A login does not make it a device again.
+    // A login does not make the revoked machine a device again.
     let (dir, key) = (server.device("alice", "laptop"), laptop.vault_key().await);
     drop(laptop);
     restart(&dir, &key).await;
@@ -525,7 +525,8 @@ async fn a_contact_of_one_device_is_no_stranger_to_the_others() {
     assert!(laptop.blocked().await.unwrap().is_empty());
 }
 
-/// Returns who removed members, and which, of the entries that have come.
+/// Returns the removals among the received entries: the member that removed, and the removed
+/// members.
 async fn removals(messenger: &Messenger) -> Vec<(Option<String>, String)> {
     let entries = messenger.receive().await.unwrap();
     let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();

@@ -1,4 +1,5 @@
-//! The SDK against the real server, which every test starts for itself in its own process.
+//! The client library against the real server. Each test starts a server of its own, in its own
+//! process.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

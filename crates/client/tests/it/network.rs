@@ -9,8 +9,8 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{net::UdpSocket, task::JoinHandle};
 
-/// Passes datagrams on, each client port from a port of its own, until it is to swallow the answers
-/// to some.
+/// Passes datagrams on, each client port from a port of its own. Can drop the answers to some
+/// ports.
 pub(crate) struct Network {
     pub(crate) addr: SocketAddr,
     flows: Arc<Mutex<Flows>>,
@@ -32,14 +32,14 @@ impl Network {
         Self { addr, flows, task }
     }
 
-    /// From now on no answer reaches the ports that clients have used so far; what they send still
-    /// arrives.
+    /// Drops all answers to the ports that clients have used so far. Datagrams from these ports
+    /// still arrive.
     pub(crate) fn swallow_answers(&self) {
         let mut flows = self.flows.lock();
         flows.deaf = flows.sockets.keys().copied().collect();
     }
 
-    /// How many ports clients have used.
+    /// Returns the number of ports that clients have used.
     pub(crate) fn ports(&self) -> usize {
         self.flows.lock().sockets.len()
     }

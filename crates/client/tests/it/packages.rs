@@ -1,4 +1,4 @@
-//! Renewal of key packages.
+//! Renewal of KeyPackages.
 
 use std::time::Duration;
 
@@ -10,11 +10,12 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use crate::harness::{Server, dm, read};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
-/// Packages are good for 84 days, and replaced after 30.
+/// The days that a fetched package is valid for at least: 84 from its creation, less the 30 after
+/// which packages are replaced.
 const LEFT: u32 = 54;
 const SEEDS: u64 = 3;
 
-/// Fetches a key package and returns the time of its end.
+/// Fetches a KeyPackage and returns the time of its end.
 async fn fetch(by: &Messenger, of: &Messenger) -> UnixMillis {
     let identity = of.profile().identity;
     let request = v1::FetchKeyPackageRequest {

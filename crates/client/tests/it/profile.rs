@@ -103,7 +103,7 @@ async fn a_profile_is_made_once_and_must_be_there() {
     assert!(matches!(missing, Err(Error::Profile(ProfileError::Missing(_)))), "{missing:?}");
     assert!(!server.profile("nobody").exists(), "asking leaves nothing behind");
 
-    // A refusal leaves nothing behind: the same directory takes another name.
+    // After a refusal, another account can be registered in the same directory.
     let dir = server.profile("elsewhere");
     let taken =
         Messenger::register(&dir, server.options(), &username("alice"), &password(), None).await;

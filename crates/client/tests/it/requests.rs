@@ -6,8 +6,8 @@ use crate::harness::{
     Server, accept_and_read, crash_after, dm, read, reopen, restart, soon, username,
 };
 
-/// The bytes of all values and items in the state of a profile. The digests by which messages that
-/// come twice are known are not among them.
+/// Returns the bytes of all values and items in the state of a profile, without the digests by
+/// which repeated messages are recognized.
 fn bytes(server: &Server, name: &str) -> u64 {
     let path = server.profile(name).join("state.db");
     let database = rusqlite::Connection::open(path).unwrap();
@@ -30,7 +30,7 @@ async fn key_packages(messenger: &Messenger) -> u32 {
 }
 
 #[tokio::test]
-async fn what_is_sent_to_a_group_while_it_waits_appears_once_it_is_accepted() {
+async fn messages_to_a_waiting_group_are_shown_once_it_is_accepted() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,
@@ -76,7 +76,7 @@ async fn sixty_groups_of_a_stranger_cost_a_bounded_number_of_bytes() {
     let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
     let mut sizes = vec![bytes(&server, "bob")];
     for round in 0..3 {
-        // As many as there are key packages: each time the stock is filled up.
+        // As many groups as there are KeyPackages: each time the stock is filled up.
         for _ in 0..20 {
             invite(&mallory, "bob").await;
         }
@@ -95,7 +95,7 @@ async fn sixty_groups_of_a_stranger_cost_a_bounded_number_of_bytes() {
     assert_eq!((requests.waiting.len(), requests.dropped), (10, 50));
     assert!(bob.conversations().await.unwrap().is_empty());
 
-    // The room is free again once they are blocked.
+    // Blocking the stranger frees the space.
     bob.block(mallory.profile().identity).await.unwrap();
     let requests = bob.requests().await.unwrap();
     assert_eq!((requests.waiting.len(), requests.dropped), (0, 0));
@@ -149,7 +149,7 @@ async fn people_one_wrote_to_compared_with_or_added_are_no_strangers() {
         invite(creator, "bob").await;
         assert_eq!(read(&bob).await, [format!("joined by {name}"), format!("{name}: join us")]);
     }
-    // A message alone makes nobody known to its receiver.
+    // Receiving a message does not make its sender an acquaintance.
     alice.send(dm(&alice, "carol").await, "hi").await.unwrap();
     invite(&alice, "carol").await;
     assert_eq!(read(&carol).await, ["alice: hi", "alice asks for offer"]);
@@ -198,7 +198,7 @@ async fn a_request_is_accepted_after_the_key_packages_were_replaced() {
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     invite(&alice, "bob").await;
     assert_eq!(read(&bob).await, ["alice asks for offer"]);
-    // A store that went back makes the client replace its key packages.
+    // A store that went back makes the client replace its KeyPackages.
     let night = server.copy_data().await;
     server.restore_data(&night).await;
     alice.send(dm(&alice, "bob").await, "hello").await.unwrap();

@@ -49,7 +49,7 @@ async fn messages_repeated_by_a_restored_server_are_shown_once() {
     assert!(fs::exists(server.profile("bob").join("state.db")).unwrap());
 }
 
-/// Replaces a profile's directory by an older copy, while nobody uses it.
+/// Replaces a profile's directory by an older copy, while no process uses it.
 fn put_back(server: &Server, name: &str, copy: &std::path::Path) {
     fs::remove_dir_all(server.profile(name)).unwrap();
     copy_dir(copy, &server.profile(name));
@@ -83,7 +83,7 @@ async fn messages_of_a_restored_profile_are_shown() {
     assert_eq!(read(&bob).await.len(), 7);
     closed(alice).await;
 
-    // Without a look at the inbox before, and with one.
+    // First without reading the inbox before sending, then after reading it.
     for looks in [false, true] {
         put_back(&server, "alice", &copy);
         let alice = reopen(&dir, &key).await;
@@ -185,7 +185,7 @@ async fn a_first_message_that_cannot_be_read_is_named_and_repeated() {
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let night = server.copy_data().await;
     let carol = server.user("carol").await;
-    // The package that carol uses up is given out again after the restore.
+    // The package that carol uses up is issued again after the restore.
     carol.send(dm(&carol, "bob").await, "hi").await.unwrap();
     assert_eq!(read(&bob).await, ["carol: hi"]);
     server.restore_data(&night).await;

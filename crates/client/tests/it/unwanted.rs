@@ -4,8 +4,8 @@ use qpq_client::{Error, Messenger, MlsError, SendOutcome};
 
 use crate::harness::{Server, accept_and_read, dm, read, reopen, restart, username};
 
-/// How many values and items the state of a profile has, without the digests by which messages that
-/// come twice are known.
+/// Returns the numbers of values and items in the state of a profile, without the digests by which
+/// repeated messages are recognized.
 fn size(server: &Server, name: &str) -> (u64, u64) {
     let path = server.profile(name).join("state.db");
     let database = rusqlite::Connection::open(path).unwrap();
@@ -33,7 +33,7 @@ async fn messages_of_a_blocked_person_leave_nothing() {
 
     let mut sizes = Vec::new();
     for _ in 0..2 {
-        // More groups than there are key packages: each time the stock is filled up.
+        // More groups than there are KeyPackages: each time the stock is filled up.
         for n in 0..60 {
             invite(&mallory, "bob", &format!("offer {n}")).await;
             mallory.send(dm(&mallory, "bob").await, "hello?").await.unwrap();
@@ -44,7 +44,7 @@ async fn messages_of_a_blocked_person_leave_nothing() {
     assert_eq!(sizes[0], sizes[1]);
     assert_eq!(bob.conversations().await.unwrap().len(), 1, "the one from before");
 
-    // Nothing waits in the inbox, and others reach him: he has published new key packages.
+    // Nothing waits in the inbox. Others can write to bob, since he has published new KeyPackages.
     assert_eq!(read(&bob).await, [""; 0]);
     let alice = server.user("alice").await;
     invite(&alice, "bob", "friends").await;
@@ -63,7 +63,8 @@ async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
     accept_and_read(&mallory).await;
     accept_and_read(&bob).await;
 
-    // Another process of the profile blocks; so it is after a restart.
+    // Another process of the profile blocks the person. This process respects the block, also after
+    // a restart.
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
     let other = reopen(&dir, &key).await;
     let mallorys = mallory.profile().identity;

@@ -2,8 +2,7 @@
 //!
 //! A change has three steps. [`Client::commit`] creates the commit. The server accepts this commit
 //! or one of another member. [`Client::confirm`] applies the commit, or [`Client::discard`] drops
-//! it.
-//! The Welcome is sent after [`Client::confirm`].
+//! it. The Welcome is sent after [`Client::confirm`].
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -24,9 +23,10 @@ use crate::{
     received::Received,
 };
 
-/// The lifetime that an invitee's KeyPackage must have left when it is used in a group: the longest
-/// time that a commit waits in a member's inbox, by the default time to live, and a day. A member
-/// that reads the commit after the package's end cannot follow it.
+/// The minimum time for which a KeyPackage must remain valid when its device is added.
+///
+/// A member that reads the commit after the package has expired cannot follow it. A commit waits in
+/// an inbox for at most 30 days by default; one day is a margin.
 const MIN_LEFT: Duration = Duration::from_secs(31 * 24 * 3600);
 
 /// A change of a group. An empty change renews our own keys.
@@ -54,11 +54,12 @@ impl Change {
     }
 }
 
-/// A device to be added, whose account is the one that the directory names.
+/// A device to add, with the account and username that the directory has for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewMember {
     pub identity: IdentityKey,
     pub username: Username,
+    /// A KeyPackage of the device, bare or as an MLSMessage.
     pub key_package: Vec<u8>,
 }
 
@@ -67,8 +68,9 @@ pub struct NewMember {
 pub struct Commit {
     pub group: GroupId,
     pub channel: ChannelId,
+    /// The commit, as an MLSMessage.
     pub payload: Vec<u8>,
-    /// The recipients of the commit: the members before it, and this account where it has other
+    /// The recipients of the commit: the members before it, and this account if it has other
     /// devices in the group.
     pub recipients: Vec<IdentityKey>,
     /// The GroupInfo of the epoch that the commit leads to, as an MLSMessage.
@@ -80,7 +82,7 @@ pub struct Commit {
     pub invited: Vec<IdentityKey>,
     /// The accounts that become members.
     pub added: Vec<IdentityKey>,
-    /// The accounts that are members no longer.
+    /// The accounts that cease to be members.
     pub removed: Vec<IdentityKey>,
 }
 
@@ -90,7 +92,7 @@ impl Client {
     /// The group does not change before [`Client::confirm`]. An earlier pending commit is dropped.
     ///
     /// # Errors
-    /// [`Error::NotAdmin`] and others, if the change is not possible.
+    /// [`Error::NotAdmin`] and others if the change is not possible.
     pub fn commit(
         &mut self,
         id: GroupId,
@@ -103,7 +105,8 @@ impl Client {
         let signer = self.signer_in(&self.groups[&id]);
         let device = self.device.as_ref().map(Device::id);
         let group = self.active(id)?;
-        // A member may have added the device while our leaf is still that of the account.
+        // Another member may have added this device already, next to the leaf of the account. Since
+        // a device has one leaf, the leaf of the account then stays as it is.
         let is_new = |(_, leaf): &Leaf| leaf.member.identity != me || leaf.id() != device;
         let becomes_next = next.public() != signer.public() && group.leaves().iter().all(is_new);
         let next = becomes_next.then_some(next);
@@ -131,8 +134,10 @@ impl Client {
         }))
     }
 
-    /// Applies the commit of a group that the server has accepted. The first result is about the
-    /// commit; further ones are about messages that waited for its epoch.
+    /// Applies the pending commit of a group, which the server has accepted.
+    ///
+    /// The first result is about the commit, further ones are about messages that waited for its
+    /// epoch.
     pub fn confirm(&mut self, id: GroupId) -> Result<Vec<Received>, Error> {
         let group = self.load(id)?.ok_or(Error::UnknownGroup)?;
         let last_epoch = group.epoch();
@@ -177,7 +182,7 @@ impl Client {
         let is_known = |key: &IdentityKey| known.contains(key);
         let (mut group, messages) =
             Group::join_by_itself(group_info, &signer, &self.identity, is_known)?;
-        // A GroupInfo of an earlier epoch than ours would lead to a group without the others.
+        // The other members do not follow a commit for an epoch before ours.
         let present = self.group(&group.id())?.filter(|present| present.active);
         if present.is_some_and(|present| group.epoch() <= present.epoch) {
             return Err(Error::BadGroupInfo);
@@ -200,13 +205,13 @@ impl Client {
 
     /// Replaces the state of a group by the joined one, whose commit the server has accepted.
     ///
-    /// The results are those of a received Welcome: [`Received::Duplicate`] if the state has the
-    /// same or a later epoch by now.
+    /// The results are those of a received Welcome: [`Received::Duplicate`] if the present state
+    /// has the same or a later epoch.
     pub fn confirm_joining(&mut self, id: GroupId) -> Result<Vec<Received>, Error> {
         let mut joined = Group::take_joining(&self.database, id)?.ok_or(Error::NothingPending)?;
         if let Some(present) = self.load(id)? {
             if present.epoch() >= joined.epoch() {
-                // A Welcome came before the server's answer.
+                // A Welcome arrived before the server's answer.
                 return Ok(vec![Received::Duplicate]);
             }
             if present.is_active() {
@@ -226,7 +231,8 @@ impl Client {
         Ok(())
     }
 
-    /// Notes a commit of ours, which this device also receives if the account has other devices.
+    /// Notes the digest of a commit of ours. If the account has other devices, this device receives
+    /// its own commit, and recognizes it by the digest.
     fn note_own(&self, commit: &[u8], now: UnixMillis) -> Result<(), DatabaseError> {
         self.database.note_digest(&Sha256::digest(commit).into(), day(now)).map(drop)
     }
@@ -398,7 +404,7 @@ fn expires_soon(new: &NewMember, key: [u8; 32], now: UnixMillis) -> bool {
         .is_ok_and(|checked| checked.not_after < now.plus(MIN_LEFT))
 }
 
-/// Checks that a KeyPackage is usable, and is its account's.
+/// Checks that a KeyPackage is usable and belongs to the account and username of `new`.
 fn open(new: &NewMember, now: UnixMillis) -> Result<KeyPackage, Error> {
     let identity = new.identity;
     let bad = |reason| Error::BadPackage { identity, reason };

@@ -1,6 +1,6 @@
 //! A client's MLS state. Creates KeyPackages, groups and messages.
 //!
-//! [`change`] has the changes of groups, [`crate::receive`] the processing of received messages.
+//! Changes of groups are in [`change`], the processing of received messages in [`crate::receive`].
 
 mod change;
 
@@ -42,28 +42,30 @@ pub struct Client {
     pub(crate) identity: Identity,
     pub(crate) username: Username,
     pub(crate) device: Option<Device>,
-    /// Groups in use.
+    /// The loaded groups.
     pub(crate) groups: BTreeMap<GroupId, Group>,
-    /// Groups in use that have changed since they were saved.
+    /// The loaded groups with unsaved changes.
     pub(crate) changed: BTreeSet<GroupId>,
 }
 
 impl fmt::Debug for Client {
-    /// Shows the owner and no content.
+    /// Shows the identity and no content.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("identity", &self.identity).finish_non_exhaustive()
     }
 }
 
-/// The most keys of ours that are skipped in a group, which leaves others some of what they allow
-/// to be missing.
+/// The maximum number of sending keys that are skipped in a group.
+///
+/// Receivers accept a gap of `FORWARD` keys; the rest is left for lost messages.
 const MAX_SKIPPED: u64 = crate::group::FORWARD as u64 - 2_000;
 
-/// Bytes to be enqueued, the same for each recipient.
+/// A payload to be enqueued for each recipient.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parcel {
     pub recipients: Vec<IdentityKey>,
     pub channel: ChannelId,
+    /// An MLSMessage.
     pub payload: Vec<u8>,
 }
 
@@ -82,7 +84,7 @@ impl Client {
         Ok(Self::assemble(database, identity, username, None))
     }
 
-    /// Creates an account's state that ends with the process.
+    /// Creates an account's state in memory.
     pub fn in_memory(identity: Identity, username: Username) -> Self {
         Self::create(&Database::in_memory(), identity, username).expect("memory does not fail")
     }
@@ -118,7 +120,7 @@ impl Client {
         }
     }
 
-    /// Writes the changed groups to the database. To be called before its transaction ends.
+    /// Writes the changed groups to the database. Must be called before the transaction ends.
     pub fn save(&mut self) -> Result<(), DatabaseError> {
         let me = self.identity.public();
         for id in std::mem::take(&mut self.changed) {
@@ -147,8 +149,8 @@ impl Client {
         self.device.as_ref()
     }
 
-    /// Signs as this device from now on. In groups that the account is in, its leaf changes with
-    /// the next commit of ours.
+    /// Sets the device that signs from now on. In groups that the account is a member of, the next
+    /// commit of ours replaces our leaf by the leaf of the device.
     pub fn set_device(&mut self, device: Device) -> Result<(), DatabaseError> {
         let mut writer = Writer::with_capacity(16 + 4 + device.name().len() + 32 + 64);
         writer.raw(device.id().as_bytes());
@@ -199,8 +201,8 @@ impl Client {
 
     /// Creates a direct conversation with `peer`, who is added next.
     ///
-    /// Look for one with [`Client::direct`] first; a second one is right when the peer has lost the
-    /// first.
+    /// Look for an existing one with [`Client::direct`] first. Create a second one only if the peer
+    /// has lost the state of the first.
     pub fn create_direct(&mut self, peer: IdentityKey, now: UnixMillis) -> Result<GroupId, Error> {
         let me = self.identity.public();
         if peer == me {
@@ -241,7 +243,7 @@ impl Client {
         self.groups.insert(group.id(), group);
     }
 
-    /// Returns the group of an id, to be changed. Loads the group if it is not in use.
+    /// Returns a group for modification. Loads the group if necessary.
     pub(crate) fn load(&mut self, id: GroupId) -> Result<Option<&mut Group>, DatabaseError> {
         if let Entry::Vacant(place) = self.groups.entry(id) {
             let Some(group) = Group::load(&self.database, id)? else { return Ok(None) };
@@ -256,13 +258,13 @@ impl Client {
         if group.is_active() { Ok(group) } else { Err(Error::NoLongerMember) }
     }
 
-    /// Encrypts a message to everyone in a group. See the crate's documentation on saving before
+    /// Encrypts a message to all members of a group. See the crate's documentation on saving before
     /// sending.
     pub fn encrypt(&mut self, group: GroupId, content: &Content) -> Result<Parcel, Error> {
         self.encrypt_bytes(group, &content.encode())
     }
 
-    /// Encrypts a question for messages that we could not read, named by the SHA-256 of their
+    /// Encrypts a request to repeat messages that we could not read, named by the SHA-256 of their
     /// bytes. See the crate's documentation on saving before sending.
     pub fn ask(&mut self, group: GroupId, digests: Vec<[u8; 32]>) -> Result<Parcel, Error> {
         self.encrypt_bytes(group, &crate::content::could_not_read(&digests))
@@ -274,7 +276,7 @@ impl Client {
     /// we are no longer a member, or are the only one.
     ///
     /// # Errors
-    /// [`Error::LastAdmin`] where no other admin could remove us.
+    /// [`Error::LastAdmin`] if no other admin could remove us.
     pub fn leave(&mut self, id: GroupId) -> Result<Option<Parcel>, Error> {
         let group = self.group(&id)?.ok_or(Error::UnknownGroup)?;
         let me = self.identity.public();
@@ -325,8 +327,8 @@ impl Client {
 
     /// Skips our next `count` sending keys in every group.
     ///
-    /// A later state, of which this is an older copy, has used them. Receivers allow for such gaps.
-    /// Direct groups with a larger gap are retired.
+    /// Called when this state is an older copy: the later state has used these keys. Receivers
+    /// accept such gaps up to a limit. A direct group with a larger gap is retired.
     pub fn skip_keys(&mut self, count: u64) -> Result<(), DatabaseError> {
         let me = self.identity.public();
         for group in self.groups()?.into_iter().filter(|group| group.active) {
@@ -335,7 +337,7 @@ impl Client {
                 self.retire(&group.id)?;
             }
         }
-        // The later state may have accepted them.
+        // The later state may have accepted these requests.
         for request in self.requests()? {
             self.skip(&request.group, count)?;
         }
@@ -361,11 +363,12 @@ impl Client {
         self.database.put(tables::RETIRED, group.as_bytes(), None, b"")
     }
 
-    /// Returns the direct group to send to with `peer`, if there is one that both are in.
+    /// Returns the direct group for messages to `peer`, if there is one with both as members.
     ///
-    /// If both created one at the same time there are two, and both can be read. Each side finds
-    /// the same one here: the one created last, or of the smaller id. A peer that has lost its
-    /// state creates a new one, which is then used.
+    /// If both created a group at the same time, there are two, and messages of both can be read.
+    /// Both choose the same one for sending: the one created last or, of groups of the same time,
+    /// the one with the smaller id. A peer that has lost its state creates a new group, which is
+    /// then chosen.
     pub fn direct(&self, peer: &IdentityKey) -> Result<Option<GroupId>, DatabaseError> {
         let mut groups = Vec::new();
         for group in self.direct_groups(peer)? {
@@ -390,6 +393,7 @@ impl Client {
         Ok(groups)
     }
 
+    /// Returns the summary of a group.
     pub fn group(&self, group: &GroupId) -> Result<Option<GroupSummary>, DatabaseError> {
         if let Some(group) = self.groups.get(group) {
             return Ok(Some(group.summary()));
@@ -409,12 +413,13 @@ impl Client {
         Ok(self.load(*group)?.map(|group| group.joined_at()))
     }
 
+    /// Returns the summaries of all groups.
     pub fn groups(&self) -> Result<Vec<GroupSummary>, DatabaseError> {
         let saved = self.database.all(tables::GROUPS)?;
         self.overlay(&saved)
     }
 
-    /// Returns the saved summaries, with those of groups in use in their place.
+    /// Returns the current summaries of loaded groups, and the saved ones of all others.
     fn overlay(&self, saved: &[Value]) -> Result<Vec<GroupSummary>, DatabaseError> {
         let mut groups = saved
             .iter()
@@ -441,8 +446,9 @@ impl Client {
         requests::dropped(&self.database)
     }
 
-    /// Forgets the request for a group, and what is sent to the group from now on; returns whether
-    /// there was one. A new Welcome of its creator is a new request.
+    /// Declines the request for a group; returns whether there was one.
+    ///
+    /// Later messages to the group are dropped. Another Welcome of its creator is a new request.
     pub fn decline(&mut self, group: &GroupId) -> Result<bool, DatabaseError> {
         self.database.delete(tables::SKIPPED, group.as_bytes())?;
         requests::decline(&self.database, group)
@@ -468,7 +474,7 @@ impl Client {
 
 /// Returns the recipients of our messages to a group.
 ///
-/// These are the other accounts, and our own where it has other devices in the group.
+/// These are the other accounts, and our own if it has other devices in the group.
 fn recipients(group: &Group, me: &IdentityKey) -> Vec<IdentityKey> {
     let leaves = group.leaves();
     let ours = leaves.iter().filter(|(_, leaf)| leaf.member.identity == *me).count();

@@ -1,24 +1,26 @@
-//! Items: what has an order, such as a history or a queue.
+//! Items: entries of a table that have an order, such as a history or a queue.
 
 use rusqlite::{OptionalExtension as _, Row, params};
 
 use super::{Database, DatabaseError, Table, Value, seal::Name};
 
-/// An item as read.
+/// An item of a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
     pub number: u64,
-    /// Whether something is still to be done about it.
+    /// Whether the item still needs work.
     pub open: bool,
     pub value: Value,
 }
 
-/// How a new item is found.
+/// The attributes by which a new item can be found.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NewItem<'a> {
-    /// Unique in its table.
+    /// The key of the item, unique in its table.
     pub key: Option<&'a [u8]>,
+    /// The lane by which the item is listed.
     pub lane: Option<&'a [u8]>,
+    /// Whether the item needs work.
     pub open: bool,
 }
 
@@ -29,14 +31,14 @@ pub struct Size {
     pub bytes: u64,
 }
 
-/// How the size of a lane is measured.
+/// The unit in which the size of a lane is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Measure {
     Items,
     Bytes,
 }
 
-/// An item before its value is opened.
+/// An item whose value is still sealed.
 struct Sealed {
     number: i64,
     open: bool,
@@ -46,7 +48,7 @@ struct Sealed {
 const COLUMNS: &str = "number, open, value";
 
 impl Database {
-    /// Appends an item; returns its number, which no other item of the table had or will have.
+    /// Appends an item; returns its number, which is never used twice in a table.
     pub fn append(
         &self,
         table: Table,
@@ -58,7 +60,7 @@ impl Database {
         Ok(number)
     }
 
-    /// Appends an item under a given number; later ones get higher numbers.
+    /// Inserts an item under a given number. Items that are appended later get higher numbers.
     pub fn insert(
         &self,
         table: Table,
@@ -79,7 +81,7 @@ impl Database {
         Ok(())
     }
 
-    /// The number that the next item gets.
+    /// Returns the number of the next item.
     pub fn next_number(&self, table: Table) -> Result<u64, DatabaseError> {
         let connection = self.inner.connection.lock();
         let mut statement =
@@ -99,19 +101,19 @@ impl Database {
         Ok(())
     }
 
-    /// The item of this number.
+    /// Returns the item of this number.
     pub fn item(&self, table: Table, number: u64) -> Result<Option<Item>, DatabaseError> {
         let sql = format!("SELECT {COLUMNS} FROM items WHERE tab = ?1 AND number = ?2");
         Ok(self.items(table, &sql, params![table.0, signed(number)?])?.pop())
     }
 
-    /// The item of this key.
+    /// Returns the item of this key.
     pub fn item_of_key(&self, table: Table, key: &[u8]) -> Result<Option<Item>, DatabaseError> {
         let sql = format!("SELECT {COLUMNS} FROM items WHERE tab = ?1 AND key = ?2");
         Ok(self.items(table, &sql, params![table.0, self.key(table, key)])?.pop())
     }
 
-    /// Up to `limit` items after a number, lowest first.
+    /// Returns up to `limit` items after a number, lowest first.
     pub fn items_after(
         &self,
         table: Table,
@@ -124,7 +126,7 @@ impl Database {
         self.items(table, &sql, params![table.0, after_number(after)?, limit])
     }
 
-    /// Up to `limit` open items after a number, lowest first.
+    /// Returns up to `limit` open items after a number, lowest first.
     pub fn open_items(
         &self,
         table: Table,
@@ -138,7 +140,7 @@ impl Database {
         self.items(table, &sql, params![table.0, after_number(after)?, limit])
     }
 
-    /// The last `limit` items of a lane, highest first.
+    /// Returns the last `limit` items of a lane, highest first.
     pub fn last_in_lane(
         &self,
         table: Table,
@@ -198,7 +200,7 @@ impl Database {
         Ok(number.map(i64::cast_unsigned))
     }
 
-    /// Returns how large a table is.
+    /// Returns the size of a table.
     pub fn size_of_items(&self, table: Table) -> Result<Size, DatabaseError> {
         let connection = self.inner.connection.lock();
         let mut statement = connection.prepare_cached(
@@ -210,7 +212,7 @@ impl Database {
         })?)
     }
 
-    /// How many items of a lane are open.
+    /// Returns the number of open items of a lane.
     pub fn count_open(&self, table: Table, lane: &[u8]) -> Result<u64, DatabaseError> {
         let lane: Name = self.lane(table, lane);
         let connection = self.inner.connection.lock();
@@ -220,7 +222,7 @@ impl Database {
         Ok(count.cast_unsigned())
     }
 
-    /// Opens or closes an item; returns whether that is a change.
+    /// Opens or closes an item; returns whether this changed the item.
     pub fn set_open(&self, table: Table, number: u64, open: bool) -> Result<bool, DatabaseError> {
         let connection = self.inner.connection.lock();
         let mut statement = connection.prepare_cached(
@@ -284,7 +286,7 @@ impl Database {
     }
 }
 
-/// The associated data of an item.
+/// Returns the associated data of an item.
 fn place(table: Table, number: u64) -> Vec<u8> {
     [b"item", &[table.0][..], &number.to_be_bytes()].concat()
 }

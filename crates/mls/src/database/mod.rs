@@ -1,20 +1,20 @@
 //! The client's state on disk: one SQLite database whose values are sealed.
 //!
-//! Two shapes of table serve everything that a client keeps:
+//! A client saves everything in tables of two kinds:
 //!
 //! - *Rows* have a key. Key and lane (a second key to list rows by) are stored as keyed hashes.
-//! - *Items* have a number that rises and is never used twice, for what has an order.
+//! - *Items* have an order, such as a history. Their numbers rise and are never used twice.
 //!
 //! Each value is sealed with XChaCha20-Poly1305 under a random data key, with its table and its
 //! place as associated data, so a row moved to another place does not open. The data key is sealed
-//! by the [`VaultKey`]. In the open are only the numbers of rows and items, their sizes, and which
-//! of them share a lane.
+//! by the [`VaultKey`]. Only the numbers of rows and items, their sizes, and which of them share a
+//! lane are not encrypted.
 //!
 //! The journal is a write-ahead log, and a commit returns once it is on the disk (`synchronous =
 //! FULL`). Freed pages are overwritten (`secure_delete`), since deleted MLS keys must not return.
 //!
 //! Several processes may use one database. [`Database::write`] is one `BEGIN IMMEDIATE`
-//! transaction, so what it reads is what was committed last.
+//! transaction, which reads the latest committed state.
 
 mod items;
 mod rows;
@@ -42,7 +42,7 @@ use crate::vault::{self, Salt, VaultError, VaultKey};
 const APPLICATION_ID: i32 = 0x5150_5153;
 const FORMAT: i32 = 1;
 
-/// The longest wait for another process's transaction. Each takes milliseconds.
+/// The maximum wait for another process's transaction. A transaction takes milliseconds.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(30);
 
 const SCHEMA: &str = "
@@ -71,16 +71,16 @@ CREATE INDEX digests_day ON digests (day);
 pub struct Table(u8);
 
 impl Table {
-    /// The table of this number.
+    /// Returns the table of this number.
     pub const fn new(number: u8) -> Self {
         Self(number)
     }
 }
 
-/// A value as read, wiped when dropped.
+/// A value as returned by a read. Wiped when dropped.
 pub type Value = zeroize::Zeroizing<Vec<u8>>;
 
-/// Why the database could not be used. A transaction that failed has changed nothing.
+/// The error of an operation on the database. A failed transaction has changed nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DatabaseError {
@@ -107,7 +107,7 @@ impl From<rusqlite::Error> for DatabaseError {
                 Self::Damaged(error.to_string())
             }
             Some(_) => Self::Io(error.to_string()),
-            // A row of another shape than the schema's.
+            // The shape of a row is not that of the schema.
             None => Self::Damaged(error.to_string()),
         }
     }
@@ -140,8 +140,10 @@ impl std::fmt::Debug for Database {
 }
 
 impl Database {
-    /// Creates the database at `path` with what `fill` puts in. The file appears whole or not at
-    /// all: it is written under another name, flushed, and renamed.
+    /// Creates the database at `path` with the content that `fill` writes.
+    ///
+    /// The file appears complete or not at all: it is written under another name, flushed, and
+    /// renamed.
     pub fn create<E: From<DatabaseError>>(
         path: &Path,
         key: &VaultKey,
@@ -173,7 +175,7 @@ impl Database {
         Ok(Self::new(connection, Secrets::new(&data_key)))
     }
 
-    /// Opens the database at `path`, which exists.
+    /// Opens the existing database at `path`.
     pub fn open(path: &Path, key: &VaultKey) -> Result<Self, DatabaseError> {
         let connection = connect(path)?;
         let data_key = match vault::open(key, &sealed_data_key(&connection)?) {
@@ -189,7 +191,7 @@ impl Database {
         Ok(Self::new(connection, Secrets::new(&data_key)))
     }
 
-    /// The salt that the key of the database at `path` was derived with.
+    /// Returns the salt with which the key of the database at `path` was derived.
     pub fn salt(path: &Path) -> Result<Salt, DatabaseError> {
         let sealed = sealed_data_key(&connect(path)?)?;
         vault::salt_of(&sealed).map_err(|error| DatabaseError::Damaged(error.to_string()))
@@ -208,7 +210,9 @@ impl Database {
     }
 
     /// Runs `work` in one transaction that excludes other writers, in all processes, from its first
-    /// read on. If it fails, nothing has changed. When this returns, what has changed is on the
+    /// read on.
+    ///
+    /// If `work` fails, nothing has changed. When this function returns, the changes are on the
     /// disk.
     pub fn write<R, E: From<DatabaseError>>(
         &self,
@@ -217,7 +221,7 @@ impl Database {
         self.transaction("BEGIN IMMEDIATE", work)
     }
 
-    /// Runs `work`, which changes nothing, on one snapshot.
+    /// Runs `work`, which only reads, on one snapshot.
     pub fn read<R, E: From<DatabaseError>>(
         &self,
         work: impl FnOnce() -> Result<R, E>,

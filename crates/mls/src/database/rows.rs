@@ -1,4 +1,4 @@
-//! Rows, found by a key or listed by a lane; and digests, of which only the presence counts.
+//! Rows, found by a key or listed by a lane; and the set of noted digests.
 
 use rusqlite::{OptionalExtension as _, params};
 
@@ -7,11 +7,11 @@ use super::{
     seal::{Name, NameKind},
 };
 
-/// The table of digests, for their names alone.
+/// The table number from which the names of digests are derived.
 const DIGESTS: Table = Table::new(0);
 
 impl Database {
-    /// The value of `key`.
+    /// Returns the value of `key`.
     pub fn get(&self, table: Table, key: &[u8]) -> Result<Option<Value>, DatabaseError> {
         let name = self.key(table, key);
         let connection = self.inner.connection.lock();
@@ -51,13 +51,13 @@ impl Database {
         Ok(statement.execute(params![table.0, name])? > 0)
     }
 
-    /// Every value of a lane.
+    /// Returns every value of a lane.
     pub fn in_lane(&self, table: Table, lane: &[u8]) -> Result<Vec<Value>, DatabaseError> {
         let lane = self.lane(table, lane);
         self.select("SELECT key, value FROM rows WHERE tab = ?1 AND lane = ?2", table, Some(lane))
     }
 
-    /// Every value of a table.
+    /// Returns every value of a table.
     pub fn all(&self, table: Table) -> Result<Vec<Value>, DatabaseError> {
         self.select("SELECT key, value FROM rows WHERE tab = ?1 AND ?2 IS NULL", table, None)
     }
@@ -141,7 +141,7 @@ impl Database {
         Ok(statement.execute(params![name, i64::try_from(day).unwrap_or(i64::MAX)])? > 0)
     }
 
-    /// Whether a digest was noted.
+    /// Returns whether a digest was noted.
     pub fn knows_digest(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
         let name = self.inner.secrets.name(DIGESTS, NameKind::Digest, digest);
         let connection = self.inner.connection.lock();
@@ -150,7 +150,7 @@ impl Database {
         Ok(statement.query_row([name], |row| row.get(0))?)
     }
 
-    /// Forgets up to `limit` digests that were noted before `day`; returns how many.
+    /// Forgets up to `limit` digests that were noted before `day`; returns their number.
     pub fn forget_digests(&self, before_day: u64, limit: u32) -> Result<usize, DatabaseError> {
         let connection = self.inner.connection.lock();
         let mut statement = connection.prepare_cached(
@@ -169,7 +169,7 @@ impl Database {
     }
 }
 
-/// The associated data of a row.
+/// Returns the associated data of a row.
 fn place(table: Table, name: &[u8]) -> Vec<u8> {
     [b"row", &[table.0][..], name].concat()
 }

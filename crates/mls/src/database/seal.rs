@@ -41,7 +41,7 @@ impl Secrets {
         Self { naming, sealing }
     }
 
-    /// The name of `key` in `table`: equal keys of one table have equal names.
+    /// Returns the name of `key` in `table`. Equal keys of one table have equal names.
     pub(super) fn name(&self, table: Table, kind: NameKind, key: &[u8]) -> Name {
         let mut mac =
             <Hmac<Sha256> as hkdf::hmac::Mac>::new_from_slice(&self.naming).expect("any length");

@@ -41,16 +41,17 @@ pub(crate) struct CommitContent {
 #[derive(Debug)]
 pub(crate) struct CommitMessages {
     pub(crate) commit: Vec<u8>,
-    /// For the devices that are added.
+    /// The Welcome for the devices that are added.
     pub(crate) welcome: Option<Vec<u8>>,
-    /// For devices that join by themselves later.
+    /// The GroupInfo for devices that join by themselves later.
     pub(crate) group_info: Vec<u8>,
 }
 
 impl Group {
-    /// Creates a pending commit. `signer` has the key of our leaf.
+    /// Creates a pending commit.
     ///
-    /// `next` has the key that the leaf has after the commit, if that is another.
+    /// `signer` has the key of our leaf. `next` has the key of the leaf after the commit, if the
+    /// key changes.
     pub(crate) fn commit(
         &mut self,
         signer: &LeafSigner,
@@ -70,7 +71,7 @@ impl Group {
             .propose_adds(content.add)
             .propose_removals(content.remove);
         if is_renamed {
-            // The device has another name.
+            // The name of the device has changed.
             let renamed =
                 LeafNodeParameters::builder().with_credential_with_key(signer.credential()).build();
             builder = builder.leaf_node_parameters(renamed);
@@ -98,8 +99,8 @@ impl Group {
             .stage_commit(&self.store)
             .map_err(Error::mls)?
             .into_messages();
-        // The server does not check commits. After one that the members refuse, the group could not
-        // continue.
+        // The server does not check commits. If the server accepted a commit that the members
+        // refuse, the group could not continue.
         if let Some(Err(reason)) = self.judge_pending() {
             self.discard_commit()?;
             return Err(Error::Mls(reason.to_string()));
@@ -120,7 +121,7 @@ impl Group {
         self.mls.pending_commit().is_some()
     }
 
-    /// Judges the pending commit as the other members will; `None` if none is pending.
+    /// Judges the pending commit as the other members will. Returns `None` if none is pending.
     fn judge_pending(&self) -> Option<Result<Accepted, Ignored>> {
         let commit = self.mls.pending_commit()?;
         let leaves = self.leaves();
@@ -128,7 +129,8 @@ impl Group {
         Some(rules::judge(&before, Committer::Member(self.mls.own_leaf_index()), commit))
     }
 
-    /// Applies the pending commit, which the server has accepted; `None` if none is pending.
+    /// Applies the pending commit, which the server has accepted. Returns `None` if none is
+    /// pending.
     pub(crate) fn confirm_commit(&mut self) -> Result<Option<MessageEffect>, Error> {
         let Some(judged) = self.judge_pending() else { return Ok(None) };
         let accepted = judged.map_err(|reason| Error::Mls(reason.to_string()))?;
@@ -198,9 +200,9 @@ impl Group {
 
 /// Checks the group that an external commit leads to, and returns its id and profile.
 ///
-/// The members are a claim of the author and the server. They are checked as in a Welcome. The one
-/// leaf that the commit removes is the earlier leaf of this device: an author without a leaf is
-/// this account, `None` for `is_trusted`.
+/// The members are a claim of the author and the server, and are checked as in a Welcome. The only
+/// leaf that the commit removes is the earlier leaf of this device. An author without a leaf is
+/// therefore this account, for which `is_trusted` receives `None`.
 fn check_joined(
     mls: &MlsGroup,
     author: u32,
@@ -222,7 +224,7 @@ fn check_joined(
     is_valid.then_some((id, profile))
 }
 
-/// Returns the accounts in the tree of a GroupInfo, which openmls verifies after.
+/// Returns the accounts in the tree of a GroupInfo. openmls verifies the tree later.
 fn accounts_in(info: &VerifiableGroupInfo) -> BTreeSet<IdentityKey> {
     let tree = info.extensions().ratchet_tree().map(|tree| tree.ratchet_tree());
     let leaves = tree.into_iter().flat_map(|tree| tree.leaves());

@@ -41,12 +41,14 @@ const PADDING: usize = 32;
 
 /// The number of past epochs of which application messages are accepted.
 ///
-/// Each costs forward secrecy, and room: 2 KB in a group of four, 80 KB in one of two hundred.
+/// Each epoch weakens forward secrecy and takes space: 2 KB in a group of 4, 80 KB in a group of
+/// 200.
 const PAST_EPOCHS: usize = 10;
 
-/// How far back in one sender's messages a late one may be, and how many may be lost in a row: as
-/// many as fit an inbox.
+/// The maximum number of messages by which one message of a sender may be late.
 const OUT_OF_ORDER: u32 = 1_000;
+/// The maximum number of messages of one sender that may be lost in a row: the default capacity of
+/// an inbox.
 pub(crate) const FORWARD: u32 = 10_000;
 
 pub(crate) struct Group {
@@ -69,15 +71,14 @@ struct Departed {
 
 /// Whether messages of a removed leaf are still accepted.
 ///
-/// The keys of past epochs are also in the hands of a removed member. A message that follows the
-/// removal in our inbox was accepted by the server after the removal, and may have been written
-/// after it.
+/// A removed member still has the keys of past epochs. A message that follows the removal in our
+/// inbox was accepted by the server after the removal, and may have been written after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Removal {
-    /// A commit of ours removed the leaf. The commit has no place in our inbox, so messages that
-    /// precede it may be unread until the inbox was read to its end.
+    /// A commit of ours removed the leaf. Our inbox does not contain the commit, so messages that
+    /// the server accepted before it may be unread until the inbox was read to its end.
     Open,
-    /// A later message is refused.
+    /// Later messages are refused.
     Closed,
     /// The device joined again by itself, and may still send what it encrypted before. Its messages
     /// are accepted until a leaf of its account is removed by a member.
@@ -128,7 +129,7 @@ impl Group {
         Self { id, profile, mls, store, departed: Vec::new(), joined_at }
     }
 
-    /// Continues the membership of `earlier`, which this group replaces.
+    /// Keeps the first epoch of `earlier`, which this group replaces.
     pub(crate) fn continue_from(&mut self, earlier: &Self) {
         self.joined_at = earlier.joined_at;
     }
@@ -176,7 +177,7 @@ impl Group {
             .collect()
     }
 
-    /// Returns the key that our leaf is signed with.
+    /// Returns the signature key of our leaf.
     pub(crate) fn own_key(&self) -> Option<[u8; 32]> {
         self.mls.own_leaf_node()?.signature_key().as_slice().try_into().ok()
     }
@@ -267,7 +268,7 @@ impl Group {
             .map_err(|Malformed| DatabaseError::Damaged("a group's values do not fit".into()))
     }
 
-    /// Saves what has changed.
+    /// Saves the changes of the group.
     pub(crate) fn save(
         &mut self,
         database: &Database,
@@ -325,7 +326,7 @@ impl Group {
     ) -> Result<Option<Self>, DatabaseError> {
         let Some(row) = database.get(tables::JOINING, id.as_bytes())? else { return Ok(None) };
         let Row { departed, joined_at, .. } = Row::parse(&row)?;
-        // Nothing of the copy is saved yet under the group's own id.
+        // The copy counts as unsaved, so the next save writes all of it under the group's own id.
         let store = Store::load(database, &joining(&id))?.copy();
         database.delete_lane(tables::MLS, &joining(&id))?;
         database.delete(tables::JOINING, id.as_bytes())?;
@@ -370,7 +371,7 @@ impl Group {
     }
 }
 
-/// The owner in the database of the values of a group that is being joined.
+/// Returns the owner under which the database has the values of a group that is being joined.
 fn joining(id: &GroupId) -> Vec<u8> {
     [b"joining", &id.as_bytes()[..]].concat()
 }
@@ -419,7 +420,7 @@ impl Row {
         let mut summary = GroupSummary::read(reader)?;
         let mut departed = reader.list(Departed::read)?;
         if reader.is_at_end() {
-            // Written by a release in which the creator alone changed groups.
+            // The row is of a release in which the creator alone changed groups.
             return Ok(Self { summary, departed, joined_at: 0 });
         }
         summary.admins = reader.list(|reader| reader.array().map(IdentityKey::new))?;
@@ -434,7 +435,7 @@ impl Row {
     }
 }
 
-/// The settings of groups that are joined.
+/// Returns the settings of groups that are joined.
 pub(crate) fn join_config() -> MlsGroupJoinConfig {
     MlsGroupJoinConfig::builder()
         .padding_size(PADDING)

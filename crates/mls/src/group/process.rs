@@ -129,7 +129,7 @@ impl Group {
             Committer::Member(_) => Removal::Closed,
             Committer::Joiner => Removal::Replaced,
         };
-        // A commit of ours for the same epoch has lost.
+        // A commit of ours for the same epoch is dropped.
         self.discard_commit().map_err(|_| Ignored::Invalid)?;
         let last_epoch = self.epoch();
         self.mls.merge_staged_commit(&self.store, commit).map_err(|_| Ignored::Invalid)?;
@@ -181,8 +181,8 @@ pub(super) fn unreadable<E>(error: &ProcessMessageError<E>) -> MessageEffect {
         ValidationError::KeyPackageVerifyError(KeyPackageVerifyError::LifetimeError(_)) => {
             MessageEffect::Ignored(Ignored::LifetimeOver)
         }
-        // The keys were used, deleted, or are too far ahead. Which of them it is does not matter: a
-        // message that was here before was recognized by its digest.
+        // The keys were used or deleted, or are too far ahead. These cases need no distinction: a
+        // message that was processed before is recognized by its digest.
         ValidationError::UnableToDecrypt(SecretTreeError(_)) => MessageEffect::Lost(Lost::NoKeys),
         ValidationError::UnableToDecrypt(AeadError) => MessageEffect::Lost(Lost::Undecryptable),
         ValidationError::NoPastEpochData => MessageEffect::Lost(Lost::NoKeys),

@@ -1,7 +1,7 @@
 //! The rules about commits that openmls does not check: which member may change what.
 //!
-//! Every member's client applies them to the same state of the group, so all accept or refuse a
-//! commit alike.
+//! The clients of all members apply them to the same state of the group, so they all accept or
+//! refuse a commit alike.
 //!
 //! | change | allowed for |
 //! |---|---|
@@ -52,7 +52,7 @@ pub(super) struct Accepted {
     pub(super) changes: Vec<GroupChange>,
     /// The leaves that are removed.
     pub(super) removed: Vec<Leaf>,
-    /// The profile from now on, if it changes.
+    /// The new profile, if it changes.
     pub(super) profile: Option<Profile>,
 }
 
@@ -64,7 +64,7 @@ struct Proposed {
     profile: Option<Profile>,
 }
 
-/// Judges a commit, and describes what it changes.
+/// Judges a commit, and returns the changes that it makes.
 pub(super) fn judge(
     before: &Before<'_>,
     committer: Committer,
@@ -163,7 +163,7 @@ impl Before<'_> {
                 _ => return Err(Ignored::ForbiddenCommit),
             }
         }
-        // openmls collects the removals of a commit in a hash map.
+        // openmls returns the removals of a commit in the random order of a hash map.
         proposed.removed.sort_unstable_by_key(|(place, _)| place.u32());
         Ok(proposed)
     }
@@ -201,7 +201,7 @@ fn verify(leaf: &LeafNode) -> Option<MemberDevice> {
     MemberDevice::verify(leaf.signature_key().as_slice(), leaf.credential())
 }
 
-/// Returns whether a leaf may replace its author's in an update path.
+/// Returns whether an update path may replace the leaf `before` of its author by `after`.
 ///
 /// Account and device stay the same. The leaf that the identity key signs may become the leaf of a
 /// device of the account.

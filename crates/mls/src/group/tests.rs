@@ -42,12 +42,12 @@ fn client(name: &str) -> Client {
     Client::create(&Database::in_memory(), Identity::generate(), name).unwrap()
 }
 
-/// A package of `client` as openmls wants it.
+/// Returns a package of `client` in openmls's type.
 fn package(client: &mut Client) -> KeyPackage {
     package_of(&client.database, &client.leaf())
 }
 
-/// A package for the leaf of `signer`, whatever that says.
+/// Returns a package for the leaf of `signer`, which need not be valid.
 fn package_of(database: &Database, signer: &LeafSigner) -> KeyPackage {
     let bytes = packages::create(database, signer, Use::Once, now()).unwrap();
     let MlsMessageBodyIn::KeyPackage(package) =
@@ -58,7 +58,7 @@ fn package_of(database: &Database, signer: &LeafSigner) -> KeyPackage {
     KeyPackageIn::validate(package, Store::default().crypto(), ProtocolVersion::Mls10).unwrap()
 }
 
-/// A device of `client`, with a fresh package, as the server would offer it to others.
+/// Returns a device of `client` with a fresh package, as the server offers it to others.
 fn offer(client: &mut Client) -> NewMember {
     let key_package = client.key_packages(1, now()).unwrap().remove(0);
     offer_with(client, key_package)
@@ -85,7 +85,7 @@ fn remove(client: &mut Client, id: GroupId, other: &Client) -> Commit {
     change(client, id, &Change { remove, ..Change::default() })
 }
 
-/// A group of `creator` and `others`, which have all joined.
+/// Creates a group of `creator` and `others`, which have all joined.
 fn group_of(creator: &mut Client, others: &mut [&mut Client]) -> GroupId {
     let id = creator.create_group("g", ChannelId::DEFAULT, now()).unwrap();
     let welcome = add(creator, id, others).welcome.unwrap();
@@ -101,14 +101,14 @@ fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
         .payload
 }
 
-/// Whether `to` still reads what `from` says.
+/// Asserts that `to` can read the messages of `from`.
 fn assert_hears(from: &mut Client, to: &mut Client, group: GroupId) {
     let message = say(from, group, "still there?");
     let received = to.receive_now(&message);
     assert!(matches!(received[..], [Received::Message { .. }]), "{received:?}");
 }
 
-/// A commit built by `client` in its group, whatever it contains; its own state stays as it was.
+/// Builds any commit of `client` in its group. The state of `client` does not change.
 macro_rules! commit {
     ($client:expr, $id:expr, |$builder:ident| $build:expr) => {{
         let signer = $client.leaf();
@@ -127,7 +127,8 @@ macro_rules! commit {
     }};
 }
 
-/// A commit by which the leaf of `client` becomes that of `next`; its own state stays as it was.
+/// Builds a commit by which the leaf of `client` becomes that of `next`. The state of `client` does
+/// not change.
 fn becoming(client: &mut Client, id: GroupId, next: &LeafSigner) -> Vec<u8> {
     let current = client.leaf();
     let group = client.groups.get_mut(&id).unwrap();

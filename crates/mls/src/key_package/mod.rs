@@ -21,7 +21,7 @@ use tls_codec::DeserializeBytes as _;
 
 use outline::Outline;
 
-/// The longest lifetime that MLS libraries give and accept: 84 days, and an hour for clocks that
+/// The maximum lifetime that MLS libraries create and accept: 84 days, and one hour for clocks that
 /// are behind.
 pub const MAX_LIFETIME: Duration = Duration::from_secs(84 * 24 * 3600 + 3600);
 
@@ -31,9 +31,9 @@ pub struct Policy {
     /// The ciphersuites (RFC 9420 §17.1, by number) that may be uploaded, whether or not they can
     /// be checked here.
     pub suites: Vec<u16>,
-    /// The most bytes of a package.
+    /// The maximum size of a package, in bytes.
     pub max_bytes: usize,
-    /// The longest time from `not_before` to `not_after`.
+    /// The maximum time from `not_before` to `not_after`.
     pub max_lifetime: Duration,
 }
 
@@ -57,28 +57,28 @@ pub struct Checked {
     pub verified: bool,
     /// Whether the package says that it may be used more than once (extension 0x000A).
     pub last_resort: bool,
-    /// From when on it may be given out.
+    /// The time from which the package may be issued.
     pub not_before: UnixMillis,
-    /// From when on it must not be given out.
+    /// The time from which the package must not be issued.
     pub not_after: UnixMillis,
     /// The key that signs the package; `None` where the suite is unknown to the crypto library.
     pub signature_key: Option<[u8; 32]>,
-    /// The KeyPackageRef (RFC 9420 §5.2), made with SHA-256 whatever the suite: the same for a
-    /// package sent bare and wrapped, different for any two packages.
+    /// The KeyPackageRef (RFC 9420 §5.2), computed with SHA-256 for every suite. A package has the
+    /// same reference bare and wrapped, and any two packages have different ones.
     pub reference: [u8; 32],
 }
 
-/// Why a package may not be stored.
+/// The reason why a package must not be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejected {
-    #[error("the key package is larger than the server takes")]
+    #[error("the key package is larger than the server allows")]
     TooLarge,
     #[error("the bytes are not one MLS KeyPackage")]
     Malformed,
     #[error("the key package is not of MLS 1.0")]
     WrongVersion,
-    #[error("the server does not take key packages of this ciphersuite")]
+    #[error("the server does not accept key packages of this ciphersuite")]
     SuiteNotAllowed,
     #[error("the key package is signed by none of the uploader's keys")]
     ForeignSigner,
@@ -95,7 +95,7 @@ pub enum Rejected {
 }
 
 impl Rejected {
-    /// The reason in one stable word, for error codes and metrics.
+    /// Returns the reason as one stable word, for error codes and metrics.
     pub const fn reason(self) -> &'static str {
         match self {
             Self::TooLarge => "too_large",
@@ -116,7 +116,7 @@ impl Rejected {
 /// signed. Init keys may have any length.
 ///
 /// # Errors
-/// The first reason found, the cheap ones being looked for first.
+/// The first reason found. Cheap checks come first.
 pub fn check(
     bytes: &[u8],
     policy: &Policy,
@@ -127,8 +127,8 @@ pub fn check(
     Ok(Checked { verified: verify_signatures(bytes)?, ..checked })
 }
 
-/// Checks all of a package but its signatures, which take most of the time. For a package that may
-/// be known by its reference: then they have been verified before.
+/// Checks a package except its signatures, which take most of the time. Intended for a package that
+/// may be known by its reference: its signatures have been verified before.
 ///
 /// # Errors
 /// The first reason found.
@@ -164,8 +164,8 @@ pub fn inspect(
     })
 }
 
-/// Verifies the signatures of a package that [`inspect`] found good; false if its suite is not one
-/// that can be verified here.
+/// Verifies the signatures of a package that [`inspect`] has accepted. Returns `false` if the suite
+/// cannot be verified here.
 ///
 /// # Errors
 /// A signature that does not verify, or contents that contradict each other.
@@ -177,8 +177,8 @@ pub fn verify_signatures(bytes: &[u8]) -> Result<bool, Rejected> {
     }
 }
 
-/// Verifies a package that `check` found good and returns it for use in a group. Its lifetime must
-/// also hold by the system's clock, which openmls reads.
+/// Verifies a package that `check` has accepted, and returns it for use in a group. openmls also
+/// checks its lifetime, by the system's clock.
 pub(crate) fn parse_verified(bytes: &[u8]) -> Result<KeyPackage, Rejected> {
     let outline = Outline::read(bytes)?;
     read(outline.bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10).map_err(|error| match error {
@@ -187,7 +187,7 @@ pub(crate) fn parse_verified(bytes: &[u8]) -> Result<KeyPackage, Rejected> {
     })
 }
 
-/// Only its signature verification is used, which holds no state.
+/// Only its signature verification is used, which has no state.
 static CRYPTO: LazyLock<RustCrypto> = LazyLock::new(RustCrypto::default);
 
 enum Checkable {
@@ -222,9 +222,9 @@ fn read(bare: &[u8]) -> Result<KeyPackageIn, Rejected> {
 
 fn verify(bare: &[u8]) -> Result<(), Rejected> {
     match read(bare)?.validate(&*CRYPTO, ProtocolVersion::Mls10) {
-        // openmls compares the lifetime with the system's clock, last of all (a test holds it to
-        // that): everything else was found good, and the lifetime has been compared with the given
-        // time already.
+        // openmls compares the lifetime with the system's clock after all other checks (a test
+        // verifies this order). All other checks have therefore passed, and the lifetime was
+        // compared with the given time before.
         Ok(_) | Err(KeyPackageVerifyError::LifetimeError(_)) => Ok(()),
         Err(error) => Err(refusal(&error)),
     }
@@ -239,7 +239,7 @@ fn refusal(error: &KeyPackageVerifyError) -> Rejected {
     }
 }
 
-/// RefHash("MLS 1.0 KeyPackage Reference", package) of RFC 9420 §5.2.
+/// Returns RefHash("MLS 1.0 KeyPackage Reference", package) of RFC 9420 §5.2.
 fn reference(bare: &[u8]) -> [u8; 32] {
     const LABEL: &[u8] = b"MLS 1.0 KeyPackage Reference";
     let label_len = u8::try_from(LABEL.len()).expect("28");
@@ -251,7 +251,7 @@ fn reference(bare: &[u8]) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// A vector's length in its shortest form (RFC 9420 §2.1.2).
+/// Returns the length of a vector in its shortest form (RFC 9420 §2.1.2).
 fn length(len: usize) -> Vec<u8> {
     let len = u32::try_from(len).expect("a package is at most as large as the policy allows");
     match len {

@@ -1,6 +1,7 @@
-//! Reads the shape of a KeyPackage (RFC 9420 §10) without knowing its ciphersuite: what the server
-//! must judge even where it cannot check a signature. Strict: minimal lengths, nothing missing,
-//! nothing left over.
+//! Reads the fields of a KeyPackage (RFC 9420 §10) that do not depend on its ciphersuite. The
+//! server judges these fields even if it cannot check a signature.
+//!
+//! Reading is strict: lengths are minimal, nothing is missing, and nothing is left over.
 
 use super::Rejected;
 
@@ -26,9 +27,9 @@ pub(super) struct Outline<'a> {
 impl<'a> Outline<'a> {
     /// Reads a bare KeyPackage or one inside an MLSMessage.
     ///
-    /// Both begin with the version; then comes the wire format of the one or the suite of the
-    /// other, and 5 is both a wire format and a suite. The wrapped reading is tried first: after it
-    /// the bare one would need an empty init key.
+    /// Both begin with the version. An MLSMessage continues with the wire format, a bare KeyPackage
+    /// with the suite, and 5 is a value of both. The bytes are read as an MLSMessage first: those
+    /// of a wrapped package could be a bare one only with an empty init key.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, Rejected> {
         let mut cursor = Cursor(bytes);
         if cursor.u16()? != MLS_1_0 {
@@ -98,8 +99,8 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_be_bytes)
     }
 
-    /// A vector with a length of 1, 2 or 4 bytes (RFC 9420 §2.1.2), which must be the shortest that
-    /// will do.
+    /// Reads a vector. Its length takes 1, 2 or 4 bytes (RFC 9420 §2.1.2), and must be in the
+    /// shortest form.
     fn vector(&mut self) -> Result<&'a [u8], Rejected> {
         let first = self.u8()?;
         let low = usize::from(first & 0x3f);
@@ -118,7 +119,7 @@ impl<'a> Cursor<'a> {
         self.take(len)
     }
 
-    /// Reads a vector of extensions; the answer is whether the last-resort one is among them.
+    /// Reads a vector of extensions; returns whether the last-resort one is among them.
     fn extensions(&mut self) -> Result<bool, Rejected> {
         let mut inner = Cursor(self.vector()?);
         let mut last_resort = false;

@@ -1,5 +1,4 @@
-//! The check against packages that openmls made, packages signed by hand, and bytes that are
-//! neither.
+//! Tests of the check: packages of openmls, packages signed by hand, and other bytes.
 
 use ed25519_dalek::{Signer as _, SigningKey};
 use openmls::prelude::{
@@ -13,7 +12,7 @@ use tls_codec::Serialize as _;
 use super::*;
 use crate::{Identity, leaf::LeafSigner, packages, store::Store};
 
-/// A day in 2001: openmls, which reads the system's clock, finds every lifetime around it long
+/// A day in 2001. For openmls, which reads the system's clock, every lifetime around this day is
 /// over.
 const NOW: UnixMillis = UnixMillis(1_000_000_000_000);
 const SECOND: Duration = Duration::from_secs(1);
@@ -22,7 +21,7 @@ fn identity() -> Identity {
     Identity::from_seed(&[7; 32])
 }
 
-/// The keys that may sign: that of the one identity of these tests.
+/// Returns the keys that may sign: the key of the only identity of these tests.
 fn own() -> [[u8; 32]; 1] {
     [*identity().public().as_bytes()]
 }
@@ -80,7 +79,7 @@ fn with_suite(mut bare: Vec<u8>, suite: u16) -> Vec<u8> {
 }
 
 #[test]
-fn a_good_package_is_taken_bare_and_wrapped() {
+fn a_good_package_is_accepted_bare_and_wrapped() {
     let package = Recipe::default().make();
     let bare = package.tls_serialize_detached().unwrap();
     let checked = judge(&bare).unwrap();
@@ -96,16 +95,16 @@ fn a_good_package_is_taken_bare_and_wrapped() {
 }
 
 #[test]
-fn a_last_resort_package_says_so() {
+fn a_last_resort_package_is_recognized() {
     let extensions = Extensions::single(Extension::LastResort(Default::default())).unwrap();
     let checked = judge(&Recipe { extensions, ..Recipe::default() }.bytes()).unwrap();
     assert!(checked.last_resort);
 }
 
-/// The time is the given one. In 2001's packages openmls finds the lifetime wrong, and must have
-/// looked at all else before.
+/// The time is the given one. openmls finds the lifetimes of 2001 wrong, and must have checked
+/// everything else before.
 #[test]
-fn whatever_the_systems_clock_says_a_bad_signature_is_found() {
+fn a_bad_signature_is_found_at_any_time_of_the_systems_clock() {
     let good = Recipe::default().bytes();
     assert!(judge(&good).unwrap().verified);
     let mut bad = good;
@@ -208,7 +207,7 @@ fn size_version_and_suite_are_limited() {
 
 /// Suites 4 to 6 are known to openmls but not to its provider, the post-quantum ones to neither.
 #[test]
-fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_signed() {
+fn packages_of_a_suite_that_cannot_be_checked_are_accepted_unverified() {
     let policy = Policy { suites: vec![1, 4, 5, 6, 0x004D, 0xF123], ..Policy::default() };
     for suite in [4, 5, 6, 0x004D, 0xF123] {
         let bare = with_suite(Recipe::default().bytes(), suite);
@@ -220,7 +219,8 @@ fn a_suite_that_cannot_be_checked_is_taken_unchecked_and_never_called_badly_sign
     }
 }
 
-/// For a suite that openmls does not parse, the outline alone refuses a second form of a package.
+/// For a suite that openmls does not parse, only the outline refuses a second encoding of a
+/// package.
 #[test]
 fn an_unchecked_package_has_one_form() {
     let good = with_suite(Recipe::default().bytes(), 0x004D);
@@ -237,7 +237,7 @@ fn an_unchecked_package_has_one_form() {
     }
 }
 
-/// Clients of the original put a hybrid init key of 1216 bytes into packages of suite 1.
+/// Older clients put a hybrid init key of 1216 bytes into packages of suite 1.
 #[test]
 fn init_keys_may_have_any_length() {
     for len in [0, 1, 63, 64, 1216, 16_384] {

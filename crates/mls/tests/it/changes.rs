@@ -1,5 +1,5 @@
-//! Changes that any member makes: admins and names, commits that wait for the server, and two for
-//! the same epoch.
+//! Changes of groups: admins and names, commits that wait for the server, and two commits for the
+//! same epoch.
 
 use std::slice::from_ref;
 
@@ -111,7 +111,7 @@ fn the_last_admin_is_not_demoted_and_does_not_leave() {
     let change = demote(&world, ANN);
     assert_eq!(world.create(ANN, group, &change), Err(Error::LastAdmin));
     assert_eq!(world.clients[ANN].leave(group), Err(Error::LastAdmin));
-    // Nor with the removal of the only other one.
+    // A change that also removes the only other admin is refused, too.
     let change = promote(&world, BOB);
     world.change(ANN, group, &change);
     world.deliver_all(BOB);
@@ -134,7 +134,7 @@ fn the_last_admin_leaves_a_group_without_other_members() {
     assert_eq!(world.clients[ANN].group(&group), Ok(None));
 }
 
-/// A group of three, and commits of ann and bob for the same epoch.
+/// Creates a group of three, and commits of ann and bob for the same epoch.
 fn two_commits() -> (World, GroupId, Commit, Commit) {
     let mut world = World::with_devices(4);
     let group = world.group(&[ANN, BOB, CAT]);
@@ -146,7 +146,7 @@ fn two_commits() -> (World, GroupId, Commit, Commit) {
 #[test]
 fn of_two_commits_for_the_same_epoch_the_one_that_the_server_accepts_counts() {
     let (mut world, group, anns, bobs) = two_commits();
-    // The server accepts ann's, and answers bob with a conflict.
+    // The server accepts ann's commit, and answers bob with a conflict.
     let added = committed(&world, group, ANN, &[GroupChange::Added(world.member(DAN))]);
     assert_eq!(world.accept(ANN, &anns), from_ref(&added));
     world.clients[BOB].discard(group).unwrap();
@@ -158,7 +158,7 @@ fn of_two_commits_for_the_same_epoch_the_one_that_the_server_accepts_counts() {
     for who in [ANN, CAT, DAN] {
         world.deliver_all(who);
     }
-    // The loser's first commit, which the server refused, means nothing to anybody.
+    // Bob's first commit, which the server refused, has no effect on any member.
     for who in [ANN, CAT, DAN] {
         let received = world.receive(who, &bobs.payload);
         assert!(

@@ -140,7 +140,7 @@ fn impossible_changes_are_refused_and_change_nothing() {
     assert_eq!(world.clients[ANN].forget(&other), Err(Error::UnknownGroup));
     assert_eq!(world.clients[ANN].groups().unwrap(), before);
 
-    // Present already, or absent already: nothing is left to change.
+    // Adding a present member or removing an absent one changes nothing.
     let absent = world.removal(&[CAT]);
     assert_eq!(world.create(ANN, group, &absent), Ok(None));
     world.add(ANN, group, &[BOB]);
@@ -280,7 +280,7 @@ fn a_package_that_runs_out_soon_is_refused_in_a_group_and_not_in_a_direct_conver
 }
 
 #[test]
-fn a_forgotten_group_is_gone() {
+fn a_forgotten_group_is_unknown() {
     let mut world = World::new(2);
     let group = world.group(&[ANN, BOB]);
     world.clients[BOB].forget(&group).unwrap();

@@ -1,4 +1,4 @@
-//! Clients that end at any moment and start again from what they saved.
+//! Clients that end at any moment and start again from their saved state.
 
 use std::collections::BTreeMap;
 
@@ -21,10 +21,10 @@ fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
     for message in world.inboxes[BOB].clone() {
         let before = restored(&mut world.clients[BOB]);
         let first = world.clients[BOB].receive_now(&message);
-        // Saved, not acknowledged: it comes again.
+        // The state was saved and the message not acknowledged: it arrives again.
         world.restart(BOB);
         assert_eq!(world.clients[BOB].receive_now(&message), [Received::Duplicate]);
-        // Not even saved: it comes again and means the same.
+        // The state was not even saved: the message arrives again, with the same result.
         let mut earlier = before;
         assert_eq!(earlier.receive_now(&message), first);
     }
@@ -55,15 +55,15 @@ enum Step {
     Say(Index),
     /// Creates a commit, which the server has not seen yet.
     Create(Index, Wish),
-    /// Offers what a device has created to the server, or offers it again, and gets an answer or
-    /// none.
+    /// Offers the commit of a device to the server, for the first time or again. The answer arrives
+    /// or is lost.
     Offer(Index, bool),
     /// Delivers all of an inbox.
     DeliverAll(Index),
     /// Delivers one of the next few messages of an inbox, out of turn.
     Deliver(Index, usize),
-    /// Delivers the next message, restarts from the state before, delivers it again, restarts, and
-    /// once more.
+    /// Delivers the next message three times: loses the state after the first time, and restarts
+    /// after the second.
     DeliverAcrossCrashes(Index),
     Restart(Index),
     /// Creates a further device of an account, which is not in the group yet.
@@ -71,7 +71,7 @@ enum Step {
     LoseState(Index),
 }
 
-/// The change that a device would like to see.
+/// The change that a device attempts.
 #[derive(Debug, Clone)]
 enum Wish {
     Renewal,
@@ -81,9 +81,9 @@ enum Wish {
     AccountRemoval(Index),
     Promotion(Index),
     Demotion(Index),
-    /// To join by itself, even if it is in the group as far as it knows.
+    /// To join by itself, even if the device regards itself as a member.
     Joining,
-    /// To join by itself if it is not in the group as far as it knows.
+    /// To join by itself if the device does not regard itself as a member.
     Return,
 }
 
@@ -116,10 +116,10 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A commit between its creation and its author's knowledge of the server's answer.
+/// A commit whose author does not know the server's answer yet.
 struct Offered {
     commit: Commit,
-    /// The epoch that it is for.
+    /// The epoch for which the commit was created.
     epoch: u64,
     /// The devices that it adds, with the number of times that they had lost their state.
     added: Vec<(usize, u32)>,
@@ -134,21 +134,23 @@ struct Said {
     digest: [u8; 32],
 }
 
-/// The most devices, and the most epochs that a device may be behind the server: messages are read
-/// for ten epochs after theirs.
+/// The maximum number of devices.
 const MAX_DEVICES: usize = 7;
+/// The maximum number of epochs that a device may be behind the server: a message can be read for
+/// ten epochs after its own.
 const MAX_LAG: u64 = 10;
 
-/// The world, the server's part in it, and what a plain model expects: each message is read once by
-/// each device that was a member when it was sent and has been since. A message of a device that
-/// was removed may be refused instead, once.
+/// The devices, a model of the server, and the expected results.
+///
+/// Each message is read once by each device that has been a member since it was sent. A message of
+/// a device that was removed may be refused once instead.
 struct Model {
     world: World,
     group: GroupId,
     /// The server's epoch of the group.
     epoch: u64,
     group_info: Vec<u8>,
-    /// The epoch at which every inbox was empty last.
+    /// The last epoch at which every inbox was empty.
     settled_at: u64,
     /// The devices in the group, with the epoch of their present leaf; `None` for one that has lost
     /// its state.
@@ -221,7 +223,7 @@ impl Model {
         }
     }
 
-    /// Lets one of the devices that may take a step take it.
+    /// Runs a step on one of the devices for which `may` returns `true`.
     fn on(
         &mut self,
         index: &Index,
@@ -233,7 +235,7 @@ impl Model {
         }
     }
 
-    /// Picks one of the devices that may take a step.
+    /// Picks one of the devices for which `may` returns `true`.
     fn pick(&self, index: &Index, may: impl Fn(&Self, usize) -> bool) -> Option<usize> {
         let devices: Vec<_> = (0..self.world.clients.len()).filter(|&who| may(self, who)).collect();
         (!devices.is_empty()).then(|| *index.get(&devices))
@@ -323,7 +325,7 @@ impl Model {
         self.offered.insert(who, offered);
     }
 
-    /// The server compares the epoch of a commit with its own.
+    /// Offers a commit to the server, which accepts it if its epoch is the server's own.
     fn offer(&mut self, who: usize, is_answered: bool) {
         if self.epoch - self.settled_at == MAX_LAG {
             self.settle();
@@ -352,7 +354,7 @@ impl Model {
             self.is_unsteady[*device] = true;
         }
         for &(device, losses) in &offered.added {
-            // The Welcome may be for a package that is lost.
+            // The Welcome may be for a package that the device has lost.
             let is_usable = losses == self.losses[device];
             self.leaves.entry(device).or_insert(is_usable.then_some(self.epoch));
         }
@@ -402,7 +404,8 @@ impl Model {
 
     fn deliver_across_crashes(&mut self, who: usize) {
         let Some(message) = self.world.inboxes[who].pop_front() else { return };
-        // The clock may go on between a crash and the next try.
+        // Both deliveries have the same arrival, since the clock may advance between a crash and
+        // the next attempt.
         let arrival = Arrival { at: now(), channel: ChannelId::DEFAULT };
         let before = restored(&mut self.world.clients[who]);
         let lost = self.world.receive_at(who, &message, arrival);
@@ -450,7 +453,7 @@ impl Model {
         }
     }
 
-    /// Ends what is under way.
+    /// Completes all commits and deliveries in progress.
     fn settle(&mut self) {
         for who in 0..self.world.clients.len() {
             if self.offered.get(&who).is_some_and(|offered| offered.is_accepted) {

@@ -8,7 +8,7 @@ use qpq_mls::{
 
 use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, client, is_lost, now, texts};
 
-/// The devices of a group, by account and name.
+/// Returns the devices of a group, by account and name.
 fn devices(world: &mut World, who: usize, group: GroupId) -> Vec<(String, String)> {
     let devices = world.clients[who].devices(&group).unwrap();
     let name = |device: &qpq_mls::MemberDevice| device.name().to_owned();
@@ -206,7 +206,7 @@ fn an_account_whose_devices_are_replaced_stays_a_member() {
 fn a_device_whose_proof_is_forged_is_not_added() {
     let mut world = World::with_devices(3);
     let group = world.group(&[ANN, BOB]);
-    // A device of dan's key that says it is certified by cat, in cat's name.
+    // A device of cat whose certification by cat was damaged.
     let real = Device::generate(world.clients[CAT].identity(), "phone");
     let mut proof = *real.proof();
     proof[0] ^= 1;
@@ -232,10 +232,10 @@ fn a_welcome_for_another_device_differs_from_one_whose_package_was_used_or_is_lo
         commit.welcome.unwrap()
     };
     let [first, second, third] = [ANN, BOB, DAN].map(|author| welcome(author, &change));
-    // To the device that has no such package: with others, and alone.
+    // The device does not have the package: the Welcome is also for others, or for it alone.
     assert_eq!(world.receive(phone, &first), [Received::Ignored(Ignored::ForAnotherDevice)]);
     assert!(is_lost(&world.clients[phone].receive_now(&second), Lost::NoPackage));
-    // To the device that used the package.
+    // The device has used the package.
     assert!(matches!(world.receive(CAT, &first)[..], [Received::Joined { .. }]));
     assert!(is_lost(&world.receive(CAT, &second), Lost::NoPackage));
     assert!(is_lost(&world.clients[CAT].receive_now(&third), Lost::NoPackage));
@@ -269,7 +269,7 @@ fn the_leaf_of_an_account_becomes_that_of_its_first_device_with_its_next_commit(
     let phone = world.new_device(CAT, "phone");
     let known = [world.key(BOB)].into();
     world.clients[phone].join_by_itself(&commit.group_info, &known, now()).unwrap();
-    // A key package of the account is of the device from now on, and commits go on.
+    // The members also follow later commits.
     world.remove(ANN, group, &[CAT]);
     world.deliver_all(BOB);
     world.change(BOB, group, &Change::default());
@@ -299,14 +299,14 @@ fn an_account_that_leaves_on_one_device_has_left_on_all() {
     }
     let leaving = Received::Leaving { group, sender };
     assert_eq!(world.deliver_all(ANN).last(), Some(&leaving));
-    // An admin brings it back, on one device.
+    // An admin adds the account again, on one device.
     world.remove(ANN, group, &[BOB]);
     world.add(ANN, group, &[phone]);
     assert!(matches!(world.deliver_all(phone).last(), Some(Received::Joined { .. })));
 }
 
 #[test]
-fn messages_after_the_farewell_of_another_device_are_refused() {
+fn messages_after_another_device_has_left_are_refused() {
     let mut world = World::with_devices(2);
     let group = world.group(&[ANN, BOB]);
     let phone = world.new_device(BOB, "phone");
@@ -334,7 +334,7 @@ fn messages_after_the_farewell_of_another_device_are_refused() {
 fn a_commit_that_members_would_refuse_is_not_created() {
     let mut world = World::with_devices(3);
     let group = world.group(&[ANN, BOB]);
-    // Another key of a device that is in the group, which its account has certified.
+    // A second key, certified by the account, of a device that is in the group.
     let identity = world.clients[BOB].identity().clone();
     let device = world.clients[BOB].device().unwrap().id();
     let other = Device::generate(&identity, "bob");
@@ -342,11 +342,11 @@ fn a_commit_that_members_would_refuse_is_not_created() {
     let mut bob = client(identity.clone(), world.name(BOB));
     bob.set_device(Device::new(device, "bob", other.seed(), proof)).unwrap();
     let second = offer_of(&mut bob);
-    // A further device under another name than that of the account's first.
+    // A further device of an account under another username than that of its first device.
     let mut renamed = client(identity.clone(), world.name(CAT));
     renamed.set_device(Device::generate(&identity, "phone")).unwrap();
     let renamed = offer_of(&mut renamed);
-    // Another account under the name of a member.
+    // Another account under the username of a member.
     let identity = Identity::generate();
     let mut namesake = client(identity.clone(), world.name(BOB));
     namesake.set_device(Device::generate(&identity, "laptop")).unwrap();
@@ -385,7 +385,7 @@ fn the_leaf_of_an_account_stays_while_its_device_has_another() {
     let by = world.member(ANN);
     assert_eq!(world.deliver(BOB), [Received::Committed { group, by, changes: vec![added] }]);
     assert_eq!(world.deliver(BOB), [Received::Duplicate], "it is in the group of the Welcome");
-    // Without the leaf that nobody uses, its own becomes that of the device.
+    // Once the unused leaf is removed, the leaf of the account becomes that of the device.
     let change =
         Change { remove_devices: vec![(world.key(BOB), Some(first.id()))], ..Change::default() };
     for change in [change, Change::default()] {

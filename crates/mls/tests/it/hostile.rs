@@ -6,8 +6,8 @@ use qpq_mls::{Change, Client, Received};
 
 use crate::world::{ANN, BOB, CAT, ReceiveNow as _, World, now, restored, texts};
 
-/// Bob, and seven messages for him that need one another: a Welcome, a message, a commit, a
-/// message, two commits, the second of a device that joins by itself and not encrypted, and a
+/// Returns bob and seven messages for him, each of which needs those before it: a Welcome, a
+/// message, a commit, a message, a commit, an external commit, which is not encrypted, and a
 /// message.
 fn bob_and_his_inbox() -> (Client, Vec<Vec<u8>>) {
     let mut world = World::new(3);
@@ -101,8 +101,7 @@ proptest! {
         prop_assert_eq!(texts(&received), ["one"]);
     }
 
-    /// The heart of it: damaged copies of every message before, between and after the real ones
-    /// change nothing.
+    /// Damaged copies of every message before, between and after the real ones change nothing.
     #[test]
     fn damaged_messages_do_not_get_in_the_way(
         damages in prop::collection::vec((any::<Index>(), damage()), 7 * 3),

@@ -1,4 +1,4 @@
-//! The state of releases up to 0.1, as one of them saved it.
+//! The import of the state of releases up to 0.1, from files that such a release saved.
 
 use std::path::Path;
 
@@ -12,14 +12,14 @@ use qpq_mls::{
 
 use crate::world::{ReceiveNow as _, content, now, texts};
 
-/// The part of a vault's content that is this crate's.
+/// The part of a vault's content that belongs to this crate.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Saved {
     #[prost(bytes = "vec", tag = "2")]
     mls: Vec<u8>,
 }
 
-/// The snapshot in the vault of a profile that an earlier release wrote.
+/// Returns the snapshot in the vault of a profile that an earlier release wrote.
 fn snapshot(name: &str) -> Vec<u8> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../client/tests/fixtures").join(name);
     let hex = std::fs::read_to_string(dir.join("key.hex")).unwrap();
@@ -37,12 +37,12 @@ fn import(bytes: &[u8]) -> Result<Client, ImportError> {
 }
 
 #[test]
-fn conversations_of_an_earlier_release_go_on() {
+fn conversations_of_an_earlier_release_continue() {
     let mut alice = import(&snapshot("alice")).unwrap();
     let mut bob = import(&snapshot("bob")).unwrap();
     let direct = alice.direct(&bob.identity().public()).unwrap().unwrap();
     let message = alice.encrypt(direct, &content("after the import")).unwrap();
-    // Bob has not read what alice wrote before.
+    // Bob has not read the earlier messages of alice.
     assert_eq!(texts(&bob.receive_now(&message.payload)), ["after the import"]);
     for group in bob.groups().unwrap() {
         let message = bob.encrypt(group.id, &content("and back")).unwrap();

@@ -1,4 +1,4 @@
-//! Devices that join a group by themselves, with what the server has of it.
+//! Devices that join a group by themselves, from the GroupInfo on the server.
 
 use std::collections::BTreeSet;
 
@@ -41,7 +41,7 @@ impl World {
     }
 }
 
-/// A group of ann, bob and cat, and the GroupInfo of its epoch, by `author`.
+/// Creates a group of ann, bob and cat, and returns the GroupInfo of its epoch, by `author`.
 fn group_and_info(author: usize) -> (World, GroupId, Vec<u8>) {
     let mut world = World::with_devices(4);
     let group = world.group(&[ANN, BOB, CAT]);
@@ -79,7 +79,8 @@ fn a_new_device_of_a_member_joins_and_the_others_see_a_device_added() {
 
 #[test]
 fn a_device_that_lost_its_state_joins_again_in_place_of_its_old_leaf() {
-    // Also if it created the GroupInfo itself, and if there is an empty leaf before its own.
+    // This also works if the device created the GroupInfo itself, and if there is an empty leaf
+    // before its own.
     for (author, has_gap) in [(ANN, false), (CAT, false), (CAT, true), (BOB, true)] {
         let (mut world, group, mut info) = group_and_info(author);
         if has_gap {
@@ -255,7 +256,7 @@ fn messages_from_before_a_device_joined_are_ignored() {
         let received = world.receive(phone, old);
         assert_eq!(received, [Received::Ignored(Ignored::BeforeJoining)]);
     }
-    // The inbox has them before a Welcome.
+    // A device that is added by a Welcome finds such messages before it in the inbox.
     let tablet = world.new_device(BOB, "tablet");
     assert_eq!(world.receive(tablet, &message), [Received::Buffered]);
     world.add(ANN, group, &[tablet]);
@@ -263,7 +264,8 @@ fn messages_from_before_a_device_joined_are_ignored() {
     assert_eq!(received.last(), Some(&Received::Ignored(Ignored::BeforeJoining)));
 }
 
-/// For example from a member that was restored from an old copy of its state.
+/// Such a message comes, for example, from a member that was restored from an old copy of its
+/// state.
 #[test]
 fn a_message_of_an_epoch_before_the_welcome_that_arrives_after_it_is_lost() {
     let (mut world, group, _) = group_and_info(BOB);

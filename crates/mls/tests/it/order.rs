@@ -1,4 +1,4 @@
-//! Messages that come late, early, twice, or in another order.
+//! Messages that arrive late, early, twice, or in another order.
 
 use qpq_mls::{Change, Lost, Received};
 
@@ -10,7 +10,7 @@ fn messages_of_an_epoch_are_read_in_any_order() {
     let group = world.group(&[ANN, BOB]);
     let sent: Vec<_> =
         (0..50).map(|number| world.encrypt(ANN, group, &number.to_string())).collect();
-    // 7 is prime to 50: every message once, neighbours far apart.
+    // 7 and 50 are coprime, so each message is read once, and neighbours are far apart.
     for step in 0..50 {
         let number = (step * 7 + 3) % 50;
         let received = world.clients[BOB].receive_now(&sent[number]);
@@ -34,7 +34,7 @@ fn messages_after_a_lost_one_are_read() {
 }
 
 #[test]
-fn everything_may_come_twice() {
+fn every_message_may_arrive_twice() {
     let mut world = World::new(4);
     let group = world.clients[ANN]
         .create_group("g", qpq_domain::ChannelId::DEFAULT, crate::world::now())
@@ -123,7 +123,8 @@ fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
     }
 }
 
-/// A leaf that was emptied is given to the next one added; a late message is still its author's.
+/// A leaf that was emptied becomes that of the next member; a late message still belongs to its
+/// author.
 #[test]
 fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
     let mut world = World::new(4);
@@ -160,7 +161,7 @@ fn a_message_of_a_removed_member_after_the_removal_in_the_inbox_is_refused() {
     }
 }
 
-/// The inbox of the member that removes another has no place for the commit.
+/// The inbox of the member that removes another does not contain the commit.
 #[test]
 fn messages_of_a_member_that_we_removed_are_read_until_the_inbox_was_read_to_its_end() {
     let mut world = World::new(3);
@@ -170,7 +171,7 @@ fn messages_of_a_member_that_we_removed_are_read_until_the_inbox_was_read_to_its
     let before = world.clients[ANN].unpassed().unwrap();
     world.remove(ANN, group, &[BOB]);
     world.restart(ANN);
-    // A pass that began before the commit proves nothing.
+    // A pass that began before the commit does not count.
     world.clients[ANN].end_pass(&before).unwrap();
     let unpassed = world.clients[ANN].unpassed().unwrap();
     assert_eq!(texts(&world.receive(ANN, &unread)), ["unread"]);

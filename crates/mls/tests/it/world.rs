@@ -1,4 +1,4 @@
-//! A few clients, and in place of the server a queue for each and a directory of key packages.
+//! A few clients and, in place of the server, an inbox for each and a directory of KeyPackages.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -13,7 +13,7 @@ pub(crate) const BOB: usize = 1;
 pub(crate) const CAT: usize = 2;
 pub(crate) const DAN: usize = 3;
 
-/// openmls compares lifetimes with the system's clock, so that clock it is.
+/// Returns the time of the system's clock, with which openmls compares lifetimes.
 #[expect(clippy::disallowed_methods, reason = "the clock that openmls reads cannot be another")]
 pub(crate) fn now() -> UnixMillis {
     let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
@@ -35,19 +35,20 @@ pub(crate) fn client(identity: Identity, name: &Username) -> Client {
     Client::create(&Database::in_memory(), identity, name.clone()).unwrap()
 }
 
-/// Whether this is one message, lost for this reason.
+/// Returns whether `received` is one message that is lost for `reason`.
 pub(crate) fn is_lost(received: &[Received], reason: Lost) -> bool {
     matches!(received, [Received::Unreadable(lost)] if lost.reason == reason)
 }
 
-/// Whether this is one message of a removed member, refused because it came after the removal.
+/// Returns whether `received` is one message of a removed member, refused because it arrived after
+/// the removal.
 pub(crate) fn is_refused_from(received: &[Received], sender: IdentityKey) -> bool {
     is_lost(received, Lost::NotAMember)
         && matches!(received, [Received::Unreadable(lost)] if lost.claimed_sender == Some(sender))
 }
 
-/// Each client is a device. Those of one account share its identity, and each reads all that the
-/// account gets.
+/// Clients, each of which is a device. Devices of one account share its identity, and each reads
+/// all messages to the account.
 pub(crate) struct World {
     pub(crate) clients: Vec<Client>,
     pub(crate) inboxes: Vec<VecDeque<Vec<u8>>>,
@@ -76,7 +77,7 @@ impl World {
         }
     }
 
-    /// Creates accounts with one device each, named after it.
+    /// Creates accounts with one device each, which has the name of the account.
     pub(crate) fn with_devices(size: usize) -> Self {
         let mut world = Self::new(size);
         for client in &mut world.clients {
@@ -102,7 +103,7 @@ impl World {
         place
     }
 
-    /// Replaces a client by one of the same device that has lost everything else.
+    /// Replaces a client by one of the same device that has lost all other state.
     pub(crate) fn lose_state(&mut self, who: usize) {
         let identity = Identity::from_seed(self.clients[who].identity().seed());
         let device = self.clients[who].device().cloned();
@@ -125,7 +126,7 @@ impl World {
         Member { identity: self.key(who), username: self.names[who].clone() }
     }
 
-    /// A package of `who`, as the server would give it out.
+    /// Returns a package of `who`, as the server issues it.
     pub(crate) fn package(&mut self, who: usize) -> Vec<u8> {
         if self.packages[who].is_empty() {
             self.packages[who] = self.clients[who].key_packages(3, now()).unwrap().into();
@@ -133,30 +134,30 @@ impl World {
         self.packages[who].pop_front().unwrap()
     }
 
-    /// The device `who`, with a package that the server gives out.
+    /// Returns the device `who`, with a package that the server issues.
     pub(crate) fn offer(&mut self, who: usize) -> NewMember {
         let key_package = self.package(who);
         NewMember { identity: self.key(who), username: self.names[who].clone(), key_package }
     }
 
-    /// The change that adds devices.
+    /// Returns the change that adds devices.
     pub(crate) fn addition(&mut self, who: &[usize]) -> Change {
         let add = who.iter().map(|&who| self.offer(who)).collect();
         Change { add, ..Change::default() }
     }
 
-    /// The change that removes accounts.
+    /// Returns the change that removes accounts.
     pub(crate) fn removal(&self, who: &[usize]) -> Change {
         Change { remove: who.iter().map(|&who| self.key(who)).collect(), ..Change::default() }
     }
 
-    /// The change that removes a device.
+    /// Returns the change that removes a device.
     pub(crate) fn device_removal(&self, who: usize) -> Change {
         let device = self.clients[who].device().map(Device::id);
         Change { remove_devices: vec![(self.key(who), device)], ..Change::default() }
     }
 
-    /// Creates a commit, and offers it to nobody.
+    /// Creates a commit without sending it.
     pub(crate) fn create(
         &mut self,
         author: usize,
@@ -176,15 +177,15 @@ impl World {
         self.create(author, group, &change)
     }
 
-    /// Commits a change that the server accepts, and posts what the commit consists of.
+    /// Commits a change that the server accepts, and posts the messages of the commit.
     pub(crate) fn change(&mut self, author: usize, group: GroupId, change: &Change) -> Commit {
         let commit = self.create(author, group, change).unwrap().expect("it changes something");
         self.accept(author, &commit);
         commit
     }
 
-    /// Accepts a commit as the server does, and posts what it consists of. Returns the results of
-    /// its author.
+    /// Accepts a commit as the server does, and posts its messages. Returns the results of its
+    /// author.
     pub(crate) fn accept(&mut self, author: usize, commit: &Commit) -> Vec<Received> {
         let received = self.clients[author].confirm(commit.group).unwrap();
         self.post_commit(commit);
@@ -208,7 +209,7 @@ impl World {
         self.change(author, group, &change)
     }
 
-    /// A group of `who`, made by the first of them; everyone has joined.
+    /// Creates a group by the first of `who`, which all of them have joined.
     pub(crate) fn group(&mut self, who: &[usize]) -> GroupId {
         let channel = ChannelId::new([5; 16]);
         let group = self.clients[who[0]].create_group("friends", channel, now()).unwrap();
@@ -265,7 +266,7 @@ impl World {
         received
     }
 
-    /// Ends the client's process and starts it again from what it would have saved.
+    /// Ends the client's process and starts it again from its saved state.
     pub(crate) fn restart(&mut self, who: usize) {
         self.clients[who] = restored(&mut self.clients[who]);
     }
@@ -281,7 +282,7 @@ pub(crate) fn content(text: &str) -> Content {
     Content { id: [3; 16], sent_at: 1_234, text: text.to_owned(), repeats: None }
 }
 
-/// The texts among what was received, in order.
+/// Returns the texts among received messages, in order.
 pub(crate) fn texts(received: &[Received]) -> Vec<&str> {
     received
         .iter()

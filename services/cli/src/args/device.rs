@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use qpq_client::{LINK_REQUEST_LIFETIME, LinkCode, Username};
 
-/// The longest time that a new device waits: the lifetime of its request.
+/// The maximum waiting time of a new device, in seconds: the lifetime of its request.
 const MAX_LINK_SECONDS: u64 = LINK_REQUEST_LIFETIME.as_secs();
 
 #[derive(Debug, Subcommand)]

@@ -6,15 +6,15 @@ use tokio::sync::mpsc;
 /// The prompt before the line being typed. A sent line keeps the prompt.
 const PROMPT: &str = "you: ";
 
-/// A line editor at work.
+/// A running line editor.
 pub(super) struct Editor {
     lines: mpsc::UnboundedReceiver<String>,
     printer: Box<dyn ExternalPrinter + Send>,
 }
 
 impl Editor {
-    /// Starts to read lines; the arrow keys bring back `history`. Fails where there is no terminal
-    /// that can do it.
+    /// Starts to read lines. The arrow keys bring back `history`. Fails without a terminal that can
+    /// do this.
     pub(super) fn start(history: impl IntoIterator<Item = String>) -> Result<Self, ReadlineError> {
         let config = Config::builder().bracketed_paste(true).build();
         let mut editor = DefaultEditor::with_config(config)?;
@@ -27,12 +27,13 @@ impl Editor {
         Ok(Self { lines, printer })
     }
 
-    /// The next line; `None` at its end: Ctrl-C, Ctrl-D, or a terminal that went away. Cancel-safe.
+    /// Returns the next line; `None` at the end of the input: after Ctrl-C or Ctrl-D, or when the
+    /// terminal is closed. Cancel-safe.
     pub(super) async fn line(&mut self) -> Option<String> {
         self.lines.recv().await
     }
 
-    /// Prints above the line being typed.
+    /// Prints a line above the one being typed.
     pub(super) fn print(&mut self, line: &str) {
         if let Err(error) = self.printer.print(format!("{line}\n")) {
             tracing::debug!(%error, "a line was not shown");
@@ -41,7 +42,7 @@ impl Editor {
 }
 
 fn read(editor: &mut DefaultEditor, typed: &mpsc::UnboundedSender<String>) {
-    // Any error is the end: there is nobody to type any more.
+    // Any error ends the input: no further line can be typed.
     while let Ok(line) = editor.readline(PROMPT) {
         if !line.trim().is_empty() {
             editor.add_history_entry(line.as_str()).ok();

@@ -22,11 +22,11 @@ use crate::{
     text,
 };
 
-/// Entries shown at the start, unless more are new.
+/// The number of entries that are shown at the start, unless more are new.
 const RECENT: usize = 20;
-/// How long leaving waits for what is still being sent.
+/// The maximum time for which leaving waits until all messages are sent.
 const GOODBYE: Duration = Duration::from_secs(10);
-/// After how long a line that the server has not acknowledged is spoken of.
+/// The time after which a line without the server's acknowledgement is reported.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 pub(super) async fn run(chat: &Chat<'_>) -> Result<(), CliError> {
@@ -55,14 +55,14 @@ pub(super) async fn run(chat: &Chat<'_>) -> Result<(), CliError> {
     screen.run().await
 }
 
-/// The last entries, and every one that was not seen yet.
+/// Returns the last entries, among them all that were not seen yet.
 async fn recent(chat: &Chat<'_>) -> Result<Vec<Entry>, CliError> {
     let unseen = chat.messenger.unseen().await?;
     let new = unseen.iter().filter(|entry| entry.conversation == Some(chat.conversation)).count();
     Ok(chat.messenger.history(chat.conversation, RECENT.max(new)).await?)
 }
 
-/// Whether something that was written here lately is still to be sent.
+/// Returns whether a recent message of ours is not sent yet.
 async fn is_unsent(chat: &Chat<'_>) -> Result<bool, Error> {
     let recent = chat.messenger.history(chat.conversation, RECENT).await?;
     Ok(recent
@@ -78,7 +78,7 @@ struct Screen<'a> {
     /// Other conversations whose new messages were already announced.
     others: BTreeSet<ConversationId>,
     is_connected: bool,
-    /// Whether it was said that what is typed is not sent for now.
+    /// Whether it was reported that typed messages are not sent for now.
     is_stuck: bool,
 }
 
@@ -145,7 +145,7 @@ impl Screen<'_> {
         self.say(lines);
     }
 
-    /// Shows lines, or why there are none.
+    /// Shows lines, or the error.
     fn say(&mut self, lines: Result<Vec<String>, CliError>) {
         match lines {
             Ok(lines) => lines.iter().for_each(|line| self.editor.print(line)),
@@ -155,7 +155,7 @@ impl Screen<'_> {
 
     fn progressed(&mut self, progress: Progress) {
         match progress {
-            // A refusal comes as an entry of its own.
+            // A refusal has an entry of its own.
             Progress::Saved | Progress::Tried { delivery: DeliveryState::Failed, .. } => {}
             Progress::Tried { delivery: DeliveryState::Sent, .. } => {
                 if std::mem::take(&mut self.is_stuck) {
@@ -182,7 +182,7 @@ impl Screen<'_> {
         self.show(&ours).await
     }
 
-    /// Says once that a person has written elsewhere.
+    /// Reports once that a person has written in another conversation.
     fn elsewhere(&mut self, entry: &Entry) {
         if let (Event::Received { from, .. }, Some(elsewhere)) = (&entry.event, entry.conversation)
             && self.others.insert(elsewhere)
@@ -221,14 +221,14 @@ impl Screen<'_> {
         self.is_connected = is_connected;
     }
 
-    /// Says why it cannot go on. The editor holds the terminal until a line is typed.
+    /// Shows the error that ends the chat. The editor holds the terminal until a line is typed.
     async fn give_up(&mut self, error: CliError) -> Result<(), CliError> {
         self.dim(format_args!("{}. Press Enter to leave.", error.message));
         self.editor.line().await;
         Err(error)
     }
 
-    /// Leaves once all is sent, or says that it is not.
+    /// Leaves once all messages are sent. Fails if some are not sent in time.
     async fn leave(&mut self) -> Result<(), CliError> {
         let chat = self.chat;
         let until = Instant::now() + GOODBYE;
@@ -241,7 +241,7 @@ impl Screen<'_> {
             }
             Ok::<_, Error>(())
         };
-        // The unsaved and unsent texts that remain show the outcome.
+        // The outcome is the number of texts that remain unsaved or unsent.
         let _ = chat.context.progress.during("sending", timeout_at(until, Box::pin(rest))).await;
         match self.sender.unsaved {
             0 if is_unsent(chat).await? => Err(message::queued(Some(CliError::new(

@@ -1,8 +1,7 @@
-//! `qpq dm`: a conversation as it happens. Separate tasks save and send the typed messages,
-//! in order, so that neither a slow server nor a lost connection keeps the person from typing or
-//! reading.
+//! `qpq dm`: a live conversation. Separate tasks save and send the typed messages, in order, so
+//! that neither a slow server nor a lost connection keeps the person from typing or reading.
 //!
-//! | file | what |
+//! | file | contents |
 //! |---|---|
 //! | `interactive` | at a terminal |
 //! | `piped` | in scripts: lines in, lines out |
@@ -30,7 +29,7 @@ use crate::{
     output::Format,
 };
 
-/// One conversation with one person, being shown.
+/// One conversation, while it is shown.
 struct Chat<'a> {
     context: &'a Context,
     messenger: &'a Messenger,
@@ -44,8 +43,8 @@ pub(crate) async fn dm(context: &Context, to: &Recipient, linger: u64) -> Result
     let at_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     if at_terminal && context.output.format == Format::Human {
         return opened::with(context, async |messenger| {
-            // So that a conversation is gone on with which the other has begun. A person does not
-            // wait for what is still to be sent: it goes out while they read.
+            // The inbox is read first, to continue a conversation that the other person has begun.
+            // Messages that wait are sent later, while the person reads.
             context.progress.during("reading the inbox", Box::pin(messenger.catch_up())).await?;
             let chat = Chat::new(context, messenger, to, None).await?;
             Box::pin(interactive::run(&chat)).await
@@ -78,28 +77,31 @@ impl Chat<'_> {
         EntryReport { entry, groups: &self.groups, place: Place::Chat, now: SystemClock.now() }
     }
 
-    /// Whether an entry is part of this chat, or of none and so of interest anywhere.
+    /// Returns whether an entry belongs to this chat, or to no conversation: the latter is shown in
+    /// every chat.
     fn is_ours(&self, entry: &Entry) -> bool {
         entry.conversation.is_none_or(|conversation| conversation == self.conversation)
     }
 }
 
-/// Something that happened to a text that was to be sent.
+/// The progress of a typed text.
 enum Progress {
     /// The message is on this machine's disk, and will be sent even after a crash.
     Saved,
     /// The message was not saved.
     Unsaved { text: String, why: CliError },
-    /// An attempt to send it has ended; `why` it is still queued, if that is known.
+    /// An attempt to send the message has ended. If it is still queued, `why` is the reason, as far
+    /// as it is known.
     Tried { text: String, entry: EntryId, delivery: DeliveryState, why: Option<CliError> },
 }
 
-/// Saves texts as they come and sends them in their order, each by a task of its own: a text is
-/// safe immediately, even while the one before it waits for the server.
+/// Saves texts in the order of typing, and sends them in the same order. Saving and sending are
+/// separate tasks, so a text is saved immediately, even while the one before it waits for the
+/// server.
 struct Sender {
     texts: mpsc::UnboundedSender<String>,
     progress: mpsc::UnboundedReceiver<Progress>,
-    /// End with this.
+    /// The tasks, which end when this value is dropped.
     _tasks: JoinSet<()>,
     unsaved: usize,
     untried: usize,
@@ -122,13 +124,13 @@ impl Sender {
         if self.is_idle() {
             self.moved = Instant::now();
         }
-        // The tasks end only after this sender is gone.
+        // The tasks end only after this sender is dropped.
         if self.texts.send(text).is_ok() {
             self.unsaved += 1;
         }
     }
 
-    /// Returns what happens next; does not return while nothing is under way. Cancel-safe.
+    /// Returns the next progress. Waits while no text is in progress. Cancel-safe.
     async fn progress(&mut self) -> Progress {
         let Some(progress) = self.progress.recv().await else {
             return std::future::pending().await;
@@ -145,7 +147,8 @@ impl Sender {
         progress
     }
 
-    /// Returns when the texts in progress will have been without progress for `patience`.
+    /// Returns the time at which the texts in progress will have been without progress for
+    /// `patience`.
     fn overdue_at(&self, patience: Duration) -> Option<Instant> {
         (self.untried > 0).then(|| self.moved + patience)
     }
@@ -157,7 +160,7 @@ impl Sender {
 
 type Saved = (String, EntryId);
 
-/// The most texts saved, or sent, before the screen is updated.
+/// The maximum number of texts that are saved, or sent, before the screen is updated.
 const TOGETHER: usize = 32;
 
 async fn save(
@@ -183,7 +186,8 @@ async fn save(
             texts.drain(..).zip(entries).for_each(|(text, entry)| note(text, Ok(entry)));
             continue;
         }
-        // One of them may be the reason, such as a text that is too long; the others are sent.
+        // One of the texts may be the reason, for example because it is too long. The others are
+        // sent.
         for text in texts.drain(..) {
             let outcome = Box::pin(messenger.queue(conversation, &text)).await;
             note(text, outcome);
@@ -199,7 +203,8 @@ async fn send(
     let mut batch = Vec::new();
     while saved.recv_many(&mut batch, usize::MAX).await > 0 {
         let mut failed: Option<CliError> = None;
-        // Some at a time, so that one sees it going on; what keeps these keeps those behind them.
+        // The texts are sent in parts, so that progress is visible. After a failure the later parts
+        // are not tried.
         for some in batch.chunks(TOGETHER) {
             if let (None, Some((_, last))) = (&failed, some.last()) {
                 failed = Box::pin(messenger.flush_until(*last)).await.err().map(CliError::from);

@@ -27,7 +27,7 @@ struct SentLine<'a> {
 }
 
 impl Report for SentLine<'_> {
-    /// People know what they typed.
+    /// Prints nothing: people see their own input.
     fn human(&self, _: &mut dyn std::io::Write, _: Style) -> std::io::Result<()> {
         Ok(())
     }
@@ -67,7 +67,7 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), CliError> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Input {
     Open,
-    /// All is read, and not yet all sent.
+    /// All input is read, and not all of it is sent yet.
     Ended,
     Lingering(Instant),
 }
@@ -82,7 +82,7 @@ async fn over(input: Input) {
 struct Script<'a> {
     chat: &'a Chat<'a>,
     sender: Sender,
-    /// Why the first line that was not sent was not.
+    /// The error of the first line that was not sent.
     failed: Option<CliError>,
 }
 

@@ -29,7 +29,7 @@ struct LoggedIn {
     profile: String,
     username: String,
     server: String,
-    /// Of the server's certificate.
+    /// The fingerprint of the server's certificate.
     server_fingerprint: String,
     identity: String,
     /// Whether other commands need no password now.
@@ -91,7 +91,7 @@ pub(crate) async fn register(
     let dir = context.dir();
     let mut options = match Profile::read(&dir) {
         Ok(Profile { status: ProfileStatus::Registered, .. }) => return Err(exists(context)),
-        // An interrupted registration goes on where it was.
+        // An interrupted registration is continued.
         Ok(profile) => profile.options(),
         Err(ProfileError::Missing(_)) => context.fresh_options()?,
         Err(error) => return Err(Error::from(error).into()),
@@ -165,10 +165,10 @@ pub(super) async fn report(
     })
 }
 
-/// A smaller difference between two clocks than this is of no consequence.
+/// The difference between two clocks up to which it is of no consequence.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5 * 60);
 
-/// Returns the milliseconds that this machine's clock is ahead of the server's, if they matter.
+/// Returns the milliseconds by which this machine's clock is ahead of the server's, if they matter.
 ///
 /// The account was registered just now, so its time of registration is the server's present time.
 async fn clock_difference(messenger: &Messenger) -> Option<i64> {
@@ -192,7 +192,7 @@ struct LoggedOut {
     username: String,
     /// The number of sessions that the server has ended; null if it could not be reached.
     sessions_ended: Option<u32>,
-    /// Why it could not.
+    /// The reason why the server could not be reached.
     problem: Option<String>,
     /// Whether there was no key to forget.
     #[serde(skip)]
@@ -233,7 +233,7 @@ pub(crate) async fn logout(context: &Context, all: bool) -> Result<(), CliError>
     let scope = if all { LogoutScope::EverySession } else { LogoutScope::ThisSession };
     let ended = match opened::open(context).await {
         Ok(messenger) => context.progress.during("logging out", end(messenger, scope)).await,
-        // Another process would go on working with the key.
+        // Another process would continue to use the key.
         Err(error) if error.exit == Exit::InUse => return Err(error),
         Err(error) => Err(error),
     };
@@ -275,7 +275,7 @@ struct Whoami {
     fingerprint: String,
     /// `valid`, `ended`, `none` (logged out) or `unknown` (the server cannot be asked).
     session: &'static str,
-    /// Why it is unknown.
+    /// The reason why the state of the session is unknown.
     problem: Option<String>,
     #[serde(skip)]
     login: String,

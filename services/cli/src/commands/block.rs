@@ -63,7 +63,8 @@ pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), CliError
     .await
 }
 
-/// A name that has got a new key does not say who is meant.
+/// Adds the keys to the error about a name with a new key, since the name does not identify the
+/// person.
 fn by_key(error: Error) -> CliError {
     match &error {
         Error::IdentityChanged { known, now, .. } => {

@@ -166,8 +166,8 @@ async fn approve(context: &Context, code: Option<LinkCode>) -> Result<(), CliErr
             },
         };
         let request = request.ok_or(Error::NoSuchLinkRequest)?;
-        // Also where the profile is unlocked: a person that finds the machine must not link a
-        // device.
+        // The password is also asked for if the profile is unlocked: a person that finds the
+        // machine must not be able to link a device.
         let password = context.password.known().await?;
         let approving = Box::pin(messenger.approve_link(request, &password));
         context.progress.during("linking", approving).await?;
@@ -235,7 +235,7 @@ struct Listed {
     /// Unix milliseconds, by the server's clock.
     registered_at: u64,
     last_seen_at: u64,
-    /// Whether it is this device.
+    /// Whether this is the device in use.
     current: bool,
     #[serde(skip)]
     unused: Duration,
@@ -309,7 +309,7 @@ fn find<'a>(devices: &'a [OwnDevice], named: &str) -> Result<&'a OwnDevice, CliE
     }
 }
 
-/// The fewest digits of an id.
+/// The minimum number of digits of an id.
 const MIN_ID: usize = 4;
 
 fn hex(id: DeviceId) -> String {

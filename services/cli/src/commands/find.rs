@@ -1,4 +1,4 @@
-//! Finds the group that a name or an id on the command line means.
+//! Finds the group of a name or an id on the command line.
 
 use qpq_client::{Conversation, ConversationId, ConversationKind};
 
@@ -7,11 +7,11 @@ use crate::{
     text,
 };
 
-/// The fewest digits by which a group's id can be given.
+/// The minimum number of digits by which a group's id can be given.
 pub(crate) const SHORTEST_ID: usize = 6;
 
-/// The group of this name or id, and its name. Anybody can make a group of any name and add us, so
-/// a name that several groups have is never guessed at.
+/// Returns the group of this name or id, and its name. Any account can create a group of any name
+/// and add us, so a name that several groups have is refused.
 pub(crate) fn find(
     conversations: &[Conversation],
     meant: &str,
@@ -36,7 +36,7 @@ pub(crate) fn find(
     }
 }
 
-/// Every group of this name, or whose id begins so.
+/// Returns every group of this name, or whose id begins with the text.
 pub(crate) fn matching<'a>(
     conversations: &'a [Conversation],
     meant: &str,

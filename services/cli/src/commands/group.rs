@@ -197,7 +197,7 @@ async fn rotate(context: &Context, group: &str, reason: &str) -> Result<(), CliE
 
 async fn leave(context: &Context, group: &str) -> Result<(), CliError> {
     change(context, group, "group_left", &[], async |messenger, id| {
-        // If the server does not accept the farewell now, the next command sends it.
+        // If the server does not accept the `leaving` message now, the next command sends it.
         messenger.leave(id).await?;
         Ok(SendOutcome::Sent)
     })
@@ -257,12 +257,12 @@ async fn send(context: &Context, group: &str, given: Option<String>) -> Result<(
 struct Listed {
     name: String,
     id: String,
-    /// Called `maker` since the first release.
+    /// The JSON key has been `maker` since the first release.
     #[serde(rename = "maker")]
     creator: String,
     members: usize,
     unseen: usize,
-    /// Whether one is still in it.
+    /// Whether this account is a member.
     member: bool,
 }
 

@@ -1,5 +1,4 @@
-//! `qpq keys`: one's own key, and the numbers by which two people know that nobody stands between
-//! them.
+//! `qpq keys`: the own key, and the safety numbers by which two people verify each other's keys.
 
 use std::io::{self, Write};
 
@@ -21,9 +20,10 @@ struct OwnKeys {
     username: String,
     identity: String,
     fingerprint: String,
-    /// With which others can begin conversations; the server gives each out once.
+    /// The number of packages with which others can begin conversations. The server issues each
+    /// once.
     key_packages: u32,
-    /// Whether there is one more that never runs out.
+    /// Whether there is also a last-resort package, which is never used up.
     last_resort: bool,
 }
 
@@ -43,7 +43,7 @@ struct Comparison {
     username: String,
     identity: String,
     safety_number: String,
-    /// When it was compared (`--verified`); null if it was not.
+    /// The time of the comparison (`--verified`), in Unix milliseconds; null without one.
     compared_at: Option<u64>,
 }
 
@@ -66,7 +66,7 @@ impl Report for Comparison {
     }
 }
 
-/// The lines in which a safety number is shown.
+/// Returns the lines in which a safety number is shown.
 fn rows(safety_number: &str) -> Vec<String> {
     let groups: Vec<_> = safety_number.split(' ').collect();
     groups.chunks(4).map(|row| row.join(" ")).collect()
@@ -79,7 +79,7 @@ pub(crate) enum Changed {
     Accept,
 }
 
-/// Whether the safety number is said to have been compared.
+/// The comparison of the safety number: as noted before, or made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compared {
     AsNoted,
@@ -141,8 +141,8 @@ async fn compare(
     })
 }
 
-/// Returns the reason why no safety number is shown. The number with a new key is in the hint: it
-/// has to be compared before the key is accepted.
+/// Returns the reason why no safety number is shown. The hint has the number with the new key,
+/// which has to be compared before the key is accepted.
 async fn refused(messenger: &Messenger, user: &Username, error: Error) -> Result<CliError, Error> {
     let Error::IdentityChanged { known, now, .. } = &error else { return Ok(error.into()) };
     let was = match messenger.compared_at(known).await? {

@@ -58,7 +58,7 @@ pub(crate) fn profiles(context: &Context) -> Result<(), CliError> {
                     registered: profile.status == ProfileStatus::Registered,
                 })?;
             }
-            // A directory that a refused registration left behind.
+            // A refused registration has left the directory behind.
             Err(ProfileError::Missing(_)) => {}
             Err(error) => context.output.note(format_args!("{name}: {error}")),
         }

@@ -1,4 +1,4 @@
-//! `qpq send` and `qpq recv`: sends one message, shows those that came.
+//! `qpq send` and `qpq recv`: sends one message, shows received ones.
 
 use std::{
     io::{self, IsTerminal as _, Write},
@@ -53,7 +53,7 @@ pub(crate) async fn send(
     .map_err(unsaved)
 }
 
-/// The text given on the command line or on standard input, without the line end that closes it.
+/// Returns the text from the command line or standard input, without the line end that closes it.
 pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<String, CliError> {
     let mut text = match given {
         Some(text) if text != "-" => text,
@@ -78,10 +78,10 @@ pub(crate) async fn body(context: &Context, given: Option<String>) -> Result<Str
     Ok(text)
 }
 
-/// How long a message is prepared where the server is known to be out of reach.
+/// The maximum time to prepare a message while the server is known to be unreachable.
 const OFFLINE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Sends, and reports how it went. Where the server is `unreachable`, the message is saved.
+/// Sends a message, and reports the outcome. If the server is `unreachable`, the message is saved.
 pub(crate) async fn deliver(
     context: &Context,
     messenger: &Messenger,
@@ -91,7 +91,7 @@ pub(crate) async fn deliver(
     unreachable: Option<CliError>,
 ) -> Result<(), CliError> {
     if let Some(why) = unreachable {
-        // A first message needs the server for the recipient's key package.
+        // A first message needs the server for the recipient's KeyPackage.
         return match timeout(OFFLINE_TIMEOUT, messenger.queue(conversation, body)).await {
             Ok(Ok(_)) => Err(queued(Some(why))),
             Ok(Err(error)) if !opened::is_temporary(&error) => Err(error.into()),
@@ -112,11 +112,10 @@ pub(crate) async fn deliver(
     }
 }
 
-/// The code of what is saved and not yet sent.
+/// The code of the error about a message that is saved and not yet sent.
 const QUEUED: &str = "client.queued";
 
-/// Says of a message that it has to be given again, where the server was out of reach before
-/// anything was saved.
+/// Adds to an error that the message was not saved, if the server was unreachable before that.
 pub(crate) fn unsaved(mut error: CliError) -> CliError {
     if error.exit == Exit::Unreachable && error.code != QUEUED {
         error.message += "; the message is neither sent nor saved";
@@ -155,8 +154,8 @@ async fn refused(messenger: &Messenger, conversation: ConversationId) -> Result<
     ))
 }
 
-/// The user or the group that is meant, and its name. A group that another user has named like a
-/// user must not receive what is meant for the user.
+/// Returns the conversation with the given user or group, and its name. A group that another user
+/// has named like a user must not receive the messages for the user.
 pub(crate) async fn resolve(
     messenger: &Messenger,
     to: &Recipient,
@@ -200,8 +199,8 @@ pub(crate) async fn resolve(
     .hint(format!("name the user `@{user}`, or the group by the id that `qpq group list` shows")))
 }
 
-/// The conversation with a user. A user who is known is written to although the server cannot be
-/// asked about the name now.
+/// Returns the conversation with a user. A known user can be written to even if the server cannot
+/// be asked about the name now.
 async fn with_user(
     messenger: &Messenger,
     user: &Username,
@@ -229,7 +228,7 @@ pub(crate) async fn recv(
         let there =
             context.progress.during("reading the inbox", Box::pin(messenger.receive())).await?;
         if follow {
-            // Begins with the same entries.
+            // The listener begins with the same entries.
             return reader.follow(until).await;
         }
         reader.show(&there).await?;
@@ -243,7 +242,7 @@ pub(crate) async fn recv(
     .await
 }
 
-/// Shows entries and remembers that they were shown.
+/// Shows entries and marks them as seen.
 struct Reader<'a> {
     context: &'a Context,
     messenger: &'a Messenger,
@@ -251,7 +250,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Shows what comes until the time is over, or until interrupted.
+    /// Shows entries as they arrive, until the time is over or the command is interrupted.
     async fn follow(&mut self, until: Option<Instant>) -> Result<(), CliError> {
         let mut listener = self.messenger.listen();
         while let Some(entries) = next(&mut listener, until).await? {
@@ -287,7 +286,7 @@ impl Reader<'_> {
     }
 }
 
-/// The next entries, or `None` when the time is over.
+/// Returns the next entries, or `None` when the time is over.
 async fn next(
     listener: &mut Listener,
     until: Option<Instant>,

@@ -15,14 +15,13 @@ use crate::{
     text,
 };
 
-/// How long a command tries to reach the server. A person waits, so this is shorter than what the
-/// library allows.
+/// The maximum time to reach the server. Shorter than the library allows, since a person waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a command that sends waits for the inbox to be read first.
+/// The maximum time to read the inbox before a message is sent.
 const INBOX_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Opens the chosen profile, connects, lets `work` work with it, and says goodbye to the server.
+/// Opens the chosen profile, connects, runs `work`, and closes the connection.
 pub(crate) async fn with<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger) -> Result<T, CliError>,
@@ -34,8 +33,8 @@ pub(crate) async fn with<T>(
     .await
 }
 
-/// As [`with`], after what has come to the inbox was taken in: groups and conversations that others
-/// have begun are known.
+/// Runs `work` as [`with`] does, after the inbox was read, so that groups and conversations which
+/// others have begun are known.
 pub(crate) async fn with_news<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger) -> Result<T, CliError>,
@@ -47,9 +46,9 @@ pub(crate) async fn with_news<T>(
     .await
 }
 
-/// As [`with_news`], for commands that save what the server cannot take now. Where the inbox cannot
-/// be read in time, `work` runs without the news; where the server cannot be reached, with the
-/// reason for that.
+/// Runs `work` as [`with_news`] does, for commands that save messages which cannot be sent now. If
+/// the inbox cannot be read in time, `work` runs all the same. If the server cannot be reached,
+/// `work` receives the reason.
 pub(crate) async fn to_send<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
@@ -59,7 +58,7 @@ pub(crate) async fn to_send<T>(
             return Err(Error::DeviceRevoked.into());
         }
         if unreachable.is_none() {
-            // Dropped at any point, this loses nothing.
+            // Dropping this future at any point loses nothing.
             let news = timeout(INBOX_TIMEOUT, Box::pin(messenger.receive()));
             if let Ok(Err(error)) = context.progress.during("reading the inbox", news).await
                 && !is_temporary(&error)
@@ -72,13 +71,13 @@ pub(crate) async fn to_send<T>(
     .await
 }
 
-/// Returns whether the same may succeed later, without anybody changing anything.
+/// Returns whether the same operation may succeed later without further action.
 pub(crate) fn is_temporary(error: &Error) -> bool {
     error.call().is_some_and(CallError::is_temporary)
 }
 
-/// As [`with`], for commands that need no server, or only sometimes: `work` runs without one, too,
-/// with the reason for that.
+/// Runs `work` as [`with`] does, for commands that can do without the server. If the server cannot
+/// be reached, `work` receives the reason.
 pub(crate) async fn locally<T>(
     context: &Context,
     work: impl AsyncFnOnce(&Messenger, Option<CliError>) -> Result<T, CliError>,
@@ -118,7 +117,7 @@ async fn with_or_without_server<T>(
     done
 }
 
-/// Returns whether the session has ended and the password is at hand for another one.
+/// Returns whether the session has ended and the password for another one is at hand.
 async fn has_ended(context: &Context, messenger: &Messenger) -> bool {
     if matches!(context.password, Source::Terminal) {
         return false;
@@ -128,15 +127,15 @@ async fn has_ended(context: &Context, messenger: &Messenger) -> bool {
     counted.is_err_and(|error| error.is_unauthorized())
 }
 
-/// Says goodbye to the server. The profile is free for other commands before that.
+/// Closes the connection. Other commands can use the profile before that.
 pub(crate) async fn close(messenger: Messenger) {
     let client = messenger.client().clone();
     drop(messenger);
     client.close().await;
 }
 
-/// Opens the chosen profile with the key kept since the login or, if the password is at hand, with
-/// that.
+/// Opens the chosen profile with the key kept since the login or, without one, with the password if
+/// it is at hand.
 pub(crate) async fn open(context: &Context) -> Result<Messenger, CliError> {
     let dir = context.dir();
     context.agree_with(&Profile::read(&dir).map_err(Error::from)?)?;
@@ -172,7 +171,8 @@ pub(crate) async fn connect(client: &Client) -> Result<Fingerprint, CliError> {
 }
 
 impl Context {
-    /// Refuses options that name another server, or another proof of it, than the profile has.
+    /// Fails if options name another server, or another proof of its identity, than the profile
+    /// has.
     fn agree_with(&self, profile: &Profile) -> Result<(), CliError> {
         let differs = self.named_server().is_some_and(|server| *server != profile.server)
             || self.named_trust().is_some_and(|trust| *trust != profile.trust);

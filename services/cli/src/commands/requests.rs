@@ -1,4 +1,4 @@
-//! `qpq requests`, `qpq accept`, `qpq decline`: groups and conversations that strangers ask for.
+//! `qpq requests`, `qpq accept`, `qpq decline`: groups and direct conversations of strangers.
 
 use std::io::{self, Write};
 
@@ -50,7 +50,7 @@ struct Dropped {
     shown: String,
 }
 
-/// A request, as every command's JSON has it.
+/// A request, as in the JSON of every command.
 #[derive(Debug, Serialize)]
 struct Object<'a> {
     id: String,
@@ -212,8 +212,8 @@ fn dropped(requests: &Requests) -> Option<String> {
     })
 }
 
-/// The requests that are meant: all of a user, or that for one group. A name that could be one or
-/// the other is never guessed at, nor is a name that several users claim.
+/// Returns the named requests: all of a user, or that for one group. A name that fits both, or that
+/// several users claim, is refused.
 fn find<'a>(
     waiting: &'a [ContactRequest],
     which: &Recipient,

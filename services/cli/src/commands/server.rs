@@ -1,4 +1,4 @@
-//! `qpq health`: asks the server how it is.
+//! `qpq health`: shows the health of the server.
 
 use std::{
     io::{self, Write},
@@ -27,7 +27,7 @@ struct Health {
     rtt_ms: f64,
     fingerprint: String,
     domain: String,
-    /// With which the server signs delivery proofs.
+    /// The key with which the server signs delivery proofs.
     server_key: String,
 }
 

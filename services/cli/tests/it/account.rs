@@ -1,4 +1,4 @@
-//! Registering, logging in and out, and who one is.
+//! Registration, login, logout and `qpq whoami`.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -82,7 +82,7 @@ async fn logging_out_ends_the_session_and_forgets_the_key() {
     assert_eq!((ran.code, &ran.error()["hint"]), (Some(3), &json!("run `qpq login`")), "{ran:?}");
     assert_eq!(thief.json(&["whoami"]).await[0]["session"], "ended");
 
-    // Once more is no error.
+    // A second logout is no error.
     assert_eq!(alice.json(&["logout"]).await[0]["sessions_ended"], json!(null));
     let said = alice.ok(&["logout"]).await;
     assert!(said.starts_with("alice is not logged in on this machine.\n"), "{said}");
@@ -131,7 +131,7 @@ async fn a_password_comes_from_a_file_or_the_environment_or_is_asked_for() {
     std::fs::write(&file, format!("{PASSWORD}\nnot this line\n")).unwrap();
     let file = file.to_str().unwrap();
 
-    // The file goes before the environment, and with a password no login is needed first.
+    // The file takes precedence over the environment, and with a password no login is needed first.
     let logged_out = alice.ok(&["keys", "--password-file", file]).await;
     assert!(logged_out.starts_with("alice\n"));
     assert!(alice.kept_keys().is_empty());
@@ -140,7 +140,7 @@ async fn a_password_comes_from_a_file_or_the_environment_or_is_asked_for() {
     alice.fails(&["login", "--password-file", file], 1, "client.password").await;
     alice.fails(&["login", "--password-file", "/nowhere"], 1, "client.io").await;
 
-    // With neither, and without a terminal to ask at, it says so.
+    // Without a source, and without a terminal to ask at, the command reports that.
     let mut bare = tokio::process::Command::new("setsid");
     bare.args(["--wait", env!("CARGO_BIN_EXE_qpq"), "login", "--json"]).env_clear();
     bare.env("QPQ_HOME", &alice.home).env("XDG_RUNTIME_DIR", &alice.runtime);

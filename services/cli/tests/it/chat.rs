@@ -15,8 +15,8 @@ async fn two_scripts_talk() {
         b.say(&format!("pong {round}")).await;
         assert_eq!(a.hear().await, format!("bob: pong {round}"));
     }
-    // Lines typed before the end of input are sent before the program ends; /quit is a text like
-    // any other here.
+    // Lines typed before the end of input are sent before the program ends. Here /quit is a text
+    // like any other.
     a.say("/quit").await;
     a.say("").await;
     a.say("bye").await;

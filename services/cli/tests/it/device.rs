@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::harness::{PASSWORD, Person, Ran, World, finish, soon};
 
-/// `qpq device link` at work, and the code that it shows.
+/// A running `qpq device link`, and the code that it shows.
 struct Linking {
     child: Child,
     code: String,
@@ -52,7 +52,7 @@ async fn approve(person: &Person, code: &str) -> Ran {
     with_password(person, &["device", "approve", code, "--json"], PASSWORD).await
 }
 
-/// Another machine of a user, linked to the account.
+/// Creates another machine of a user, linked to the account.
 async fn linked(world: &World, old: &Person, name: &str) -> Person {
     let machine = world.person(&format!("{}-{name}", old.name));
     let linking = Linking::start(&machine, &old.name, name, 60).await;
@@ -71,7 +71,7 @@ async fn names(person: &Person) -> Vec<String> {
     listed.iter().map(|device| device["name"].as_str().unwrap().to_owned()).collect()
 }
 
-/// The messages that have come, without what is about devices.
+/// Returns the received messages, without entries about devices.
 async fn texts(person: &Person) -> Vec<String> {
     let ran = person.run(&["recv"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
@@ -101,7 +101,7 @@ async fn a_linked_device_reads_and_writes_as_the_account() {
             "event": "link_request", "name": "laptop", "code": linking.code, "at": listed[0]["at"]
         })]
     );
-    // As people type it.
+    // The code in a form that people type.
     let typed = linking.code.to_lowercase().replace('-', "").replace('0', "o");
     approve(&alice, &typed).await.json();
     linking.end().await.json();
@@ -188,7 +188,7 @@ async fn of_two_devices_with_the_same_name_one_is_named_by_its_id() {
 }
 
 #[tokio::test]
-async fn a_revoked_device_says_so_and_what_to_do() {
+async fn commands_of_a_revoked_device_report_the_revocation_with_a_hint() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["send", "bob", "hello"]).await;
@@ -209,7 +209,7 @@ async fn a_revoked_device_says_so_and_what_to_do() {
     recv.fails(1, "client.device_revoked");
     let error = laptop.fails(&["login"], 1, "client.device_revoked").await;
     assert!(error["hint"].as_str().unwrap().contains("device link"), "{error}");
-    // From now on each command says so, without asking for the password. The history stays.
+    // From now on each command reports this, without asking for the password. The history stays.
     for command in [&["recv"][..], &["send", "bob", "hi"], &["device", "list"]] {
         laptop.fails(command, 1, "client.device_revoked").await;
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 const DOCS: &str = include_str!("../../../../docs/cli.md");
 
-/// Every `client.…` and `profile.…` between such delimiters.
+/// Returns every `client.…` and `profile.…` between such delimiters.
 fn codes(text: &str, delimiter: char) -> BTreeSet<String> {
     let is_code = |word: &&str| {
         let name = word.strip_prefix("client.").or_else(|| word.strip_prefix("profile."));

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 pub(crate) const PASSWORD: &str = "correct horse battery staple";
-/// After this a test is stuck.
+/// The time after which a test counts as stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
 /// A server with the homes of its users.
@@ -29,7 +29,7 @@ pub(crate) struct World {
     pub(crate) address: String,
     pub(crate) fingerprint: String,
     dir: TempDir,
-    /// Stands for `$XDG_RUNTIME_DIR`, so it is in memory.
+    /// The directory for `$XDG_RUNTIME_DIR` of each person, which is therefore in memory.
     memory: TempDir,
 }
 
@@ -38,7 +38,7 @@ impl World {
         Self::with(|_| ()).await
     }
 
-    /// With a configuration of its own.
+    /// Starts a server with a configuration of its own.
     pub(crate) async fn with(configure: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
@@ -82,7 +82,7 @@ impl World {
         self.start_again().await;
     }
 
-    /// Changes the database of a server that is stopped, as a server that lies would.
+    /// Changes the database of a server that is stopped, as a dishonest server would.
     pub(crate) async fn sql(&self, statement: &'static str) {
         let path = self.config.data_dir.join("qpq.db");
         let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
@@ -90,13 +90,13 @@ impl World {
         connection.close().await.unwrap();
     }
 
-    /// Starts again where it was.
+    /// Starts the server again on the same port.
     pub(crate) async fn start_again(&mut self) {
         self.port_is_free().await;
         self.running = Some(Box::pin(compose(&self.config)).await.unwrap());
     }
 
-    /// Starts again on the same port and the same accounts, with a new certificate.
+    /// Starts the server again on the same port, with the same accounts and a new certificate.
     pub(crate) async fn start_with_another_certificate(&mut self) {
         for name in ["server-cert.der", "server-key.der"] {
             std::fs::remove_file(self.config.data_dir.join(name)).unwrap();
@@ -119,7 +119,7 @@ impl World {
         .await;
     }
 
-    /// A person without an account yet.
+    /// Returns a person without an account.
     pub(crate) fn person(&self, name: &str) -> Person {
         Person {
             name: name.to_owned(),
@@ -129,7 +129,7 @@ impl World {
         }
     }
 
-    /// A person with an account, logged in.
+    /// Returns a person with an account, logged in.
     pub(crate) async fn user(&self, name: &str) -> Person {
         let person = self.person(name);
         person.ok(&["register", name, "--pin", &self.fingerprint]).await;
@@ -145,7 +145,7 @@ pub(crate) struct Person {
     pub(crate) server: String,
 }
 
-/// How a command ended.
+/// The result of a command.
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: Option<i32>,
@@ -154,7 +154,7 @@ pub(crate) struct Ran {
 }
 
 impl Ran {
-    /// The error that `--json` wrote.
+    /// Returns the error that `--json` wrote.
     #[track_caller]
     pub(crate) fn error(&self) -> Value {
         let lines: Vec<_> = self.err.lines().collect();
@@ -162,7 +162,7 @@ impl Ran {
         serde_json::from_str::<Value>(line).unwrap()["error"].take()
     }
 
-    /// Checks exit code and error code of a `--json` command that is to fail.
+    /// Checks exit code and error code of a `--json` command that must fail.
     #[track_caller]
     pub(crate) fn fails(&self, exit: i32, code: &str) {
         assert_eq!(
@@ -173,7 +173,7 @@ impl Ran {
         assert!(self.out.is_empty(), "{self:?}");
     }
 
-    /// Each line of standard output as JSON.
+    /// Returns each line of standard output as JSON.
     #[track_caller]
     pub(crate) fn json(&self) -> Vec<Value> {
         assert_eq!(self.code, Some(0), "{self:?}");
@@ -182,7 +182,7 @@ impl Ran {
 }
 
 impl Person {
-    /// The bare command, in an environment that has nothing but what is said here.
+    /// Returns the command, in an environment with only the variables set here.
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_qpq"));
         command
@@ -199,7 +199,7 @@ impl Person {
         command
     }
 
-    /// The environment of every command.
+    /// Returns the environment of every command.
     pub(crate) fn environment(&self) -> [(&'static str, OsString); 3] {
         std::fs::create_dir_all(&self.runtime).unwrap();
         [
@@ -220,7 +220,7 @@ impl Person {
         finish(child, input).await
     }
 
-    /// Runs a command that must succeed without a word on standard error; gives its standard
+    /// Runs a command that must succeed and write nothing to standard error. Returns its standard
     /// output.
     pub(crate) async fn ok(&self, args: &[&str]) -> String {
         let ran = self.run(args).await;
@@ -249,7 +249,7 @@ impl Person {
         Talk { child, stdin, lines }
     }
 
-    /// Where the key is kept, if it is.
+    /// Returns the paths of the kept keys.
     pub(crate) fn kept_keys(&self) -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(self.runtime.join("qpq")) else { return Vec::new() };
         entries.map(|entry| entry.unwrap().path()).collect()
@@ -269,7 +269,7 @@ impl Person {
         copy(night, &profile);
     }
 
-    /// The same person, everything copied to another machine.
+    /// Returns the same person at another machine, to which all files were copied.
     pub(crate) fn thief(&self) -> Person {
         let of = |path: &Path| path.with_extension("stolen");
         copy(&self.home, &of(&self.home));
@@ -280,7 +280,7 @@ impl Person {
             runtime: of(&self.runtime),
             server: self.server.clone(),
         };
-        // The key's file is named after the profile's place.
+        // The file of the key is named after the path of the profile.
         let profile = thief.home.join("profiles/default");
         let name =
             hex::encode(&<sha2::Sha256 as sha2::Digest>::digest(profile.to_str().unwrap())[..16]);
@@ -295,7 +295,7 @@ fn copy(from: &Path, to: &Path) {
     assert!(copied.success());
 }
 
-/// A command at work, line by line.
+/// A running command, used line by line.
 pub(crate) struct Talk {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -315,13 +315,13 @@ impl Talk {
         self.stdin = None;
     }
 
-    /// Ends its input and waits for its end.
+    /// Ends the input of the command and waits for its end.
     pub(crate) async fn end(mut self) -> ExitStatus {
         self.end_input();
         soon(self.child.wait()).await.unwrap()
     }
 
-    /// Ctrl-C.
+    /// Interrupts the command as Ctrl-C does.
     pub(crate) async fn interrupt(mut self) -> ExitStatus {
         let pid = i32::try_from(self.child.id().unwrap()).unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGINT)
@@ -333,7 +333,7 @@ impl Talk {
 /// Writes the input of a command and waits for its end.
 pub(crate) async fn finish(mut child: Child, input: &str) -> Ran {
     let mut stdin = child.stdin.take().unwrap();
-    // A command that does not read its input may be gone before it is written.
+    // A command that does not read its input may end before it is written.
     let _ = stdin.write_all(input.as_bytes()).await;
     drop(stdin);
     let (mut out, mut err) = (String::new(), String::new());

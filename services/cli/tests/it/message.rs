@@ -1,4 +1,4 @@
-//! Sending one message and showing what came.
+//! Sending one message and showing received ones.
 
 use serde_json::json;
 
@@ -42,7 +42,7 @@ async fn programs_get_objects() {
 }
 
 #[tokio::test]
-async fn a_message_cannot_drive_the_terminal_or_pass_for_another() {
+async fn a_message_cannot_control_the_terminal_or_pass_for_another() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.run_with(&["send", "bob", "-"], "hi\x1b]0;x\x07\nmallory: pay\u{9b}31m\u{202e}\n").await;
@@ -53,7 +53,7 @@ async fn a_message_cannot_drive_the_terminal_or_pass_for_another() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_sent_is_refused_with_a_reason() {
+async fn texts_that_cannot_be_sent_are_refused_with_a_reason() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     let error = alice.fails(&["send", "nobody", "hi"], 1, "client.no_such_user").await;
@@ -84,7 +84,7 @@ async fn receiving_waits_for_the_given_time() {
     assert_eq!(waiting.hear().await, "carol: one");
     assert_eq!(waiting.end().await.code(), Some(0));
     assert_eq!(following.hear().await, "carol: one");
-    // One command reads on while another sends.
+    // One command continues to read while another sends.
     alice.ok(&["send", "bob", "hi"]).await;
     carol.ok(&["send", "alice", "two"]).await;
     assert_eq!(following.hear().await, "carol: two");

@@ -25,7 +25,7 @@ async fn send_junk(world: &World, from: &Person, to: &Person, payloads: &[Vec<u8
     }
 }
 
-/// Runs a command with the time of day moved, and the monotonic clock left alone.
+/// Runs a command with the time of day changed by `by`. The monotonic clock stays as it is.
 async fn at_another_time(person: &Person, by: &str, args: &[&str]) -> crate::harness::Ran {
     let library = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"]
         .map(|dir| format!("{dir}/faketime/libfaketimeMT.so.1"))
@@ -57,7 +57,7 @@ async fn one_line_end_of_either_form_is_removed() {
 }
 
 #[tokio::test]
-async fn a_time_that_nobody_waits_for_is_refused() {
+async fn a_waiting_time_of_more_than_a_year_is_refused() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     for seconds in ["18446744073709551615", "31536001"] {
@@ -80,13 +80,13 @@ async fn an_ended_session_is_begun_again_where_the_password_is_at_hand() {
     };
     let sent = with_password(&["send", "bob", "two"]).await;
     assert_eq!((sent.code, sent.err.as_str()), (Some(0), ""), "{sent:?}");
-    // The session that it began serves the commands without a password too.
+    // The new session also serves commands without a password.
     alice.ok(&["send", "bob", "three"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "alice: two\nalice: three\n");
 }
 
 #[tokio::test]
-async fn what_a_server_that_is_down_cannot_take_is_saved_and_says_so() {
+async fn messages_for_a_server_that_is_down_are_saved_and_reported() {
     let mut world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["send", "bob", "one"]).await;
@@ -198,7 +198,7 @@ async fn a_wrong_clock_is_named_and_the_registration_completes() {
         let sent = at_another_time(&person, by, &["recv"]).await;
         assert_eq!(sent.code, Some(0), "{sent:?}");
         assert!(sent.err.contains("Is this machine's clock right?"), "{sent:?}");
-        // With the clock set right, the next command completes it.
+        // With the clock set right, the next command completes the registration.
         person.run(&["recv"]).await;
         bob.ok(&["send", name, "hi"]).await;
         assert_eq!(person.ok(&["recv"]).await, "bob: hi\n");
@@ -206,7 +206,7 @@ async fn a_wrong_clock_is_named_and_the_registration_completes() {
 }
 
 #[tokio::test]
-async fn messages_that_could_not_be_written_out_come_again() {
+async fn messages_that_could_not_be_printed_are_shown_again() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["send", "bob", "hi"]).await;
@@ -242,7 +242,7 @@ async fn junk_in_an_inbox_hides_nothing_that_follows() {
         vec![0, 1, 0, 1],
         vec![0, 1, 0, 4],
         vec![0, 1, 0, 5],
-        // A length that goes on after the end, and one that is not minimal.
+        // A length beyond the end, and one that is not minimal.
         vec![0, 1, 0, 3, 0xbf, 0xff, 0xff, 0xff],
         vec![0, 1, 0, 3, 0x40, 0x01, 0],
     ];
@@ -287,7 +287,7 @@ async fn texts_and_names_of_the_largest_size_are_accepted() {
     world.person("o").fails(&["register", &"o".repeat(65)], 2, "client.usage").await;
 }
 
-/// bob knows alice and has compared her key. The server gives her name to another key.
+/// Bob knows alice and has compared her key. The server assigns her name to another key.
 #[tokio::test]
 async fn a_second_key_under_a_confirmed_name_is_never_shown_as_that_name() {
     let mut world = World::new().await;

@@ -1,5 +1,5 @@
 //! Data directories and profiles that are replaced by an older copy. Every message that was
-//! answered "Sent" after that is shown.
+//! reported as sent after that is shown.
 
 use crate::harness::{Person, World};
 
@@ -40,7 +40,7 @@ async fn messages_accepted_after_a_restore_of_the_server_are_shown() {
     let night = world.copy_data().await;
     send_all(&alice, "bob", &texts("before", 5)).await;
     bob.ok(&["recv"]).await;
-    // This uses up a key package, which the restored server hands out once more.
+    // This uses up a KeyPackage, which the restored server issues again.
     carol.ok(&["send", "bob", "carol says hello"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "carol: carol says hello\n");
     world.restore_data(&night).await;
@@ -55,7 +55,8 @@ async fn messages_accepted_after_a_restore_of_the_server_are_shown() {
     assert_shown_once(&two_reads(&bob).await, "dave", &first);
 }
 
-/// The first message after the restore, before the recipient has replaced its key packages.
+/// The message is the first one after the restore, before the recipient has replaced its
+/// KeyPackages.
 #[tokio::test]
 async fn a_first_message_to_a_key_package_that_was_used_before_is_named_and_repeated() {
     let mut world = World::new().await;
@@ -69,7 +70,7 @@ async fn a_first_message_to_a_key_package_that_was_used_before_is_named_and_repe
     send_all(&dave, "bob", &first).await;
     let shown = two_reads(&bob).await;
     assert!(shown.contains("dave"), "the sender is named: {shown}");
-    // The sender's client repeats what could not be read.
+    // The sender's client repeats the messages that could not be read.
     dave.run(&["recv"]).await;
     assert_shown_once(&two_reads(&bob).await, "dave", &first);
 }

@@ -18,7 +18,7 @@ use tokio::{
 
 use crate::harness::{PASSWORD, Person, World, soon};
 
-/// A way to a server that can be cut without either side being notified.
+/// A relay to a server, which can be cut without a notification of either side.
 struct Wire {
     address: String,
     is_cut: watch::Sender<bool>,
@@ -31,8 +31,8 @@ impl Wire {
         let server = server.to_owned();
         let (is_cut, cut) = watch::channel(false);
         tokio::spawn(async move {
-            // One socket to the server for each of the client's, or its answers could not be
-            // distinguished.
+            // Each socket of the client has one to the server, since its answers could not be
+            // distinguished otherwise.
             let mut far = HashMap::<SocketAddr, Arc<UdpSocket>>::new();
             let mut buffer = vec![0; 65_536];
             while let Ok((length, from)) = near.recv_from(&mut buffer).await {
@@ -73,7 +73,7 @@ async fn answers(
     }
 }
 
-/// A command at a terminal, and what the terminal got to show.
+/// A command at a terminal, and the output that the terminal received.
 struct Terminal {
     child: Child,
     keyboard: File,
@@ -85,7 +85,7 @@ impl Terminal {
     fn start(person: &Person, args: &[&str]) -> Self {
         let size = Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
         let OpenptyResult { master, slave } = openpty(&size, None).unwrap();
-        // setsid makes the terminal the one of the command: /dev/tty, where passwords are asked
+        // setsid makes this the terminal of the command: /dev/tty, at which passwords are asked
         // for.
         let mut command = Command::new("setsid");
         command.args(["--ctty", "--wait", env!("CARGO_BIN_EXE_qpq")]).args(args).env_clear();
@@ -113,7 +113,7 @@ impl Terminal {
         self.keyboard.write_all(keys.as_bytes()).unwrap();
     }
 
-    /// Waits for the end; its exit code and what was shown last.
+    /// Waits for the end. Returns the exit code and the last output.
     async fn ends(mut self) -> (Option<i32>, String) {
         let status = soon(self.child.wait()).await.unwrap();
         while let Some(more) = soon(self.screen.recv()).await {
@@ -122,7 +122,7 @@ impl Terminal {
         (status.code(), self.shown)
     }
 
-    /// Waits until `text` was shown, and forgets everything up to it.
+    /// Waits until `text` was shown, and drops the output up to it.
     async fn shows(&mut self, text: &str) {
         loop {
             if let Some(at) = self.shown.find(text) {
@@ -137,7 +137,7 @@ impl Terminal {
 }
 
 #[tokio::test]
-async fn a_line_that_comes_while_another_is_typed_disturbs_nothing() {
+async fn a_line_that_arrives_while_another_is_typed_does_not_disturb_it() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     bob.ok(&["send", "alice", "before"]).await;

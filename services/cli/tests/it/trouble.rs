@@ -38,7 +38,7 @@ async fn a_server_with_another_certificate_is_refused_until_the_new_one_is_pinne
     let ran = alice.run(&["send", "bob", "hi"]).await;
     assert_eq!(ran.code, Some(5));
     assert!(ran.err.contains(&before) && ran.err.contains(&world.fingerprint), "{}", ran.err);
-    // A pin for one command is no way around it.
+    // A pin for one command does not help.
     alice
         .fails(&["send", "bob", "hi", "--pin", &world.fingerprint], 2, "client.other_server")
         .await;
@@ -80,7 +80,7 @@ async fn a_damaged_profile_is_named() {
 }
 
 #[tokio::test]
-async fn a_wrong_command_line_says_what_is_wrong() {
+async fn a_wrong_command_line_is_reported_with_the_reason() {
     let world = World::new().await;
     let alice = world.person("alice");
     alice.fails(&["send"], 2, "client.usage").await;

@@ -131,8 +131,8 @@ impl State {
         Ok(self.save_change(number, pending)?)
     }
 
-    /// Begins a change again with a new record of its group on the server. Returns whether the
-    /// change is one that can be.
+    /// Begins a change again with a new record of its group on the server. Returns `false` if the
+    /// change is not pending, or not a change of a group.
     pub(super) fn forget_server_group(&mut self, number: u64) -> Result<bool, Error> {
         let Some(pending) = self.change(number)? else { return Ok(false) };
         let Operation::Change { group, .. } = pending.operation else { return Ok(false) };
@@ -150,8 +150,8 @@ impl State {
         Ok(())
     }
 
-    /// Removes a change that failed permanently. Notes the reason in the history, if there is one
-    /// and the change was the person's.
+    /// Removes a change that failed permanently. If the change was the person's, notes the given
+    /// reason in the history.
     pub(super) fn abandon_change(
         &mut self,
         number: u64,
@@ -174,7 +174,7 @@ impl State {
     }
 }
 
-/// Returns whether a join failed because the server has nothing to join by.
+/// Returns whether a join failed because the server has no GroupInfo of the group.
 ///
 /// Such a failure is not shown. A member, or another device of the account, adds this device before
 /// it sends its next message.
@@ -187,7 +187,7 @@ pub(super) fn is_joined_later(pending: &PendingChange, error: &Error) -> bool {
     is_unknown && matches!(pending.operation, Operation::Join { .. })
 }
 
-/// The most bytes of a GroupInfo that the server keeps.
+/// The maximum size of a GroupInfo on the server, in bytes.
 const MAX_GROUP_INFO: usize = qpq_domain::MAX_GROUP_INFO;
 /// The replacement of a GroupInfo that is too large. With the GroupInfo of an earlier epoch on the
 /// server, a device would join a state of the group that no other member is in.

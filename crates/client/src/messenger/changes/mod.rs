@@ -72,7 +72,7 @@ pub(super) enum Cause {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Offer {
     pub(super) message_id: MessageId,
-    /// The server's epoch that the commit is for.
+    /// The server's epoch for which the commit was created.
     pub(super) expected_epoch: u64,
     pub(super) commit: Commit,
     /// Whether the commit is accepted and applied. Only the server's list of members is left to
@@ -159,8 +159,10 @@ impl State {
         self.database().put(SERVER_GROUPS, group.as_bytes(), None, &row)
     }
 
-    /// Notes that the server's records of groups may be those of an earlier time: members may be
-    /// missing, and the GroupInfo is of an earlier epoch. A commit of ours mends both.
+    /// Forgets the server's records of groups, and schedules a commit in each group.
+    ///
+    /// The records may be those of an earlier time: members may be missing, and the GroupInfo is of
+    /// an earlier epoch. A commit of ours corrects both.
     pub(super) fn renew_server_groups(&mut self, now: UnixMillis) -> Result<(), Error> {
         self.database().delete_where(SERVER_GROUPS, |_| true)?;
         for group in self.mls.groups()?.into_iter().filter(|group| group.active) {

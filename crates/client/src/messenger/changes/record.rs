@@ -6,7 +6,7 @@ use qpq_mls::{Change, Commit, GroupId, NewMember};
 use super::{Cause, Offer, Operation, PendingChange};
 use crate::messenger::records::Corrupt;
 
-/// Every kind of change in one flat record; `kind` says which fields count.
+/// Every kind of change in one flat record; `kind` determines the fields that are used.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SavedChange {
     #[prost(uint32, tag = "1")]
@@ -21,7 +21,7 @@ pub(super) struct SavedChange {
     add: Vec<SavedNewMember>,
     #[prost(bytes = "vec", repeated, tag = "6")]
     remove: Vec<Vec<u8>>,
-    /// An identity key, followed by a device id where the device has one.
+    /// An identity key, followed by a device id if the device has one.
     #[prost(bytes = "vec", repeated, tag = "7")]
     remove_devices: Vec<Vec<u8>>,
     #[prost(string, optional, tag = "8")]

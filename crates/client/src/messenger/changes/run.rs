@@ -26,7 +26,7 @@ use crate::{
     profile::{self, Task},
 };
 
-/// Maximum attempts at one change, each of which is refused because another commit was first.
+/// Maximum attempts at one change, if each is refused because another commit was first.
 const MAX_ATTEMPTS: u32 = 8;
 /// The longest pause before the second attempt, which doubles with each further attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -65,8 +65,8 @@ impl Messenger {
         }
     }
 
-    /// Sends what an accepted commit left in the outbox. Messages that are written meanwhile, also
-    /// by other processes, do not matter to the outcome.
+    /// Sends the messages that an accepted commit left in the outbox. Messages that are written
+    /// meanwhile, also by other processes, do not affect the outcome.
     async fn send_welcomes(&self) -> Result<SendOutcome, Error> {
         match self.flush_outbox().await {
             Ok(()) => Ok(SendOutcome::Sent),
@@ -114,7 +114,7 @@ impl Messenger {
                         return Err(reason.into());
                     }
                 }
-                // Nothing about the change: it stays.
+                // The error is not about the change, which stays pending.
                 Err(error @ (Error::State(_) | Error::Profile(_))) => return Err(error),
                 Err(error) => {
                     let is_shown = !is_requested && !is_joined_later(&pending, &error);
@@ -128,7 +128,7 @@ impl Messenger {
         }
     }
 
-    /// Runs one change. Returns the error after which it stays pending, if there was one.
+    /// Runs one change. Returns the error after which the change stays pending, if there was one.
     async fn run(&self, number: u64) -> Result<Option<CallError>, Error> {
         let mut is_new = false;
         loop {
@@ -241,7 +241,8 @@ impl Messenger {
             && !commit.added.is_empty()
             && self.is_group(commit.group).await?
         {
-            // Before the commit: messages to all members reach the new ones from its epoch on.
+            // New members are added before the commit, so that messages to all members reach them
+            // from its epoch on.
             self.add_members(commit.channel, &commit.added, Role::Member).await?;
         }
         match self.client().call::<methods::BatchEnqueue>(request(&offer)).await {

@@ -40,7 +40,7 @@ pub struct LinkRequest {
     pub code: LinkCode,
     /// The name that the device sent.
     pub name: String,
-    /// When the server accepted the request.
+    /// The time at which the server accepted the request.
     pub at: UnixMillis,
     request: Request,
 }
@@ -55,7 +55,7 @@ impl LinkRequest {
 impl Messenger {
     /// Returns the valid requests to be linked, the oldest first.
     ///
-    /// Each needs some 200 ms of one core and 64 MiB, for its code.
+    /// The code of each request takes some 200 ms of one core and 64 MiB.
     pub async fn link_requests(&self) -> Result<Vec<LinkRequest>, Error> {
         let waiting = self.store().change(|state| Ok(state.waiting_links(now())?)).await?;
         let listed = |(at, request): (UnixMillis, Request)| LinkRequest {
@@ -197,8 +197,8 @@ impl State {
         self.mls.device().is_some_and(|own| own.id() == *device)
     }
 
-    /// Returns the requests that are valid, with the times at which they came, the oldest first.
-    /// Removes the others.
+    /// Returns the valid requests with the times of their arrival, the oldest first. Removes the
+    /// others.
     fn waiting_links(&self, now: UnixMillis) -> Result<Vec<(UnixMillis, Request)>, DatabaseError> {
         let is_over = |row: &[u8]| !arrived_at(row).is_some_and(|at| is_recent(at, now));
         self.database().delete_where(LINK_REQUESTS, is_over)?;

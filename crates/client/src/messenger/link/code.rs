@@ -17,12 +17,12 @@ const LEN: usize = 10;
 /// The code of a request: 50 bits, shown as `XXXXX-XXXXX`.
 ///
 /// The code stands for the whole request, with the keys in it. A server that wants a device of its
-/// own to be approved needs another request with the same code: a second preimage of 50 bits, for
-/// which it has to compute Argon2id with 64 MiB and 3 passes 2⁵⁰ times on average. A large graphics
-/// card does some thousand of these in a second, so a million cards need days, and the request
-/// is valid for 15 minutes. Candidates that were computed before are of no use: each contains its
-/// time of creation, so a table of them serves one quarter of an hour only, and to have one
-/// candidate for one in a thousand codes takes 2⁴⁰ computations.
+/// own to be approved needs another request with the same code. This is a second preimage of 50
+/// bits: 2⁵⁰ computations of Argon2id with 64 MiB and 3 passes on average. A large graphics card
+/// does some thousand of these in a second, so a million cards need days, and the request is valid
+/// for 15 minutes. Candidates cannot be computed in advance, since each contains its time of
+/// creation: a table of them is useful for 15 minutes only, and one with candidates for one in a
+/// thousand codes takes 2⁴⁰ computations.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkCode(u64);
 

@@ -28,7 +28,7 @@ const INFO: &[u8] = b"qpq/link/1";
 /// The label of the MAC and of its key.
 const LABEL: &[u8] = b"qpq/link-grant/1";
 
-/// The most bytes of a grant before it is sealed. A message has at most 1 MiB.
+/// The maximum size of a grant before it is sealed, in bytes. A message has at most 1 MiB.
 const MAX_LEN: usize = 960 * 1024;
 
 #[derive(Clone, PartialEq, prost::Message)]

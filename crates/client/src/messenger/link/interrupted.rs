@@ -1,5 +1,5 @@
-//! The note of a link in progress, by which the next link in the same directory revokes the device
-//! of one that was interrupted.
+//! The note of a link in progress. The next link in the same directory reads it, and revokes the
+//! device of an interrupted link.
 
 use std::{fs, path::Path};
 
@@ -12,7 +12,7 @@ use crate::{
     profile::replace,
 };
 
-/// The name of the file, which has the id of the device in hexadecimal digits.
+/// The name of the file, which contains the id of the device in hexadecimal digits.
 const FILE: &str = "linking";
 
 /// Notes a device before it can be registered.
@@ -22,7 +22,7 @@ pub(super) fn note(dir: &Path, device: &DeviceId) -> Result<(), ProfileError> {
 
 /// Removes the note, once the link is complete.
 pub(super) fn forget(dir: &Path) {
-    // The note of a complete profile is not read.
+    // A note that remains is harmless: that of a complete profile is not read.
     if let Err(error) = fs::remove_file(dir.join(FILE)) {
         tracing::debug!(%error, "the note of the link was not removed");
     }

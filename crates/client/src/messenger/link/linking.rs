@@ -51,7 +51,7 @@ const PAGE: u32 = 200;
 /// Maximum number of pages of one read.
 const MAX_PAGES: usize = 1_000;
 
-/// A device that waits to be linked to an account. Only its id is saved before.
+/// A device that waits to be linked to an account. Until then only its id is saved.
 #[derive(Debug)]
 pub struct Linking {
     in_use: InUse,
@@ -175,7 +175,7 @@ async fn send(client: &Client, identity: &IdentityKey, request: &Request) -> Res
 }
 
 impl Linking {
-    /// Returns the code that is to be compared with the one on an old device.
+    /// Returns the code to compare with the one on an old device.
     pub fn code(&self) -> LinkCode {
         self.code
     }
@@ -185,12 +185,12 @@ impl Linking {
         self.request.device
     }
 
-    /// Waits until a device of the account has approved this one, and creates the profile. Where
-    /// the server is lost after that, whatever runs next joins the conversations.
+    /// Waits until a device of the account has approved this one, and creates the profile. If the
+    /// server cannot be reached after that, the conversations are joined later.
     ///
     /// # Errors
-    /// [`Error::LinkNotApproved`] after `patience`, or [`Error::LinkGrantForged`] if something else
-    /// than a grant came instead of it.
+    /// [`Error::LinkNotApproved`] after `patience`, or [`Error::LinkGrantForged`] if only grants
+    /// that do not verify have arrived.
     pub async fn finish(self, patience: Duration) -> Result<Messenger, Error> {
         match Box::pin(self.wait(patience)).await {
             Ok(found) => Box::pin(self.complete(found)).await,
@@ -307,14 +307,14 @@ impl Linking {
         }
         let messenger = assemble(client, profile, store).await?;
         if let Err(error) = messenger.join_conversations().await {
-            tracing::warn!(%error, "the conversations are joined later");
+            tracing::warn!(%error, "conversations not joined, retrying later");
         }
         Ok(messenger)
     }
 }
 
 impl Messenger {
-    /// Publishes key packages and joins the conversations that the grant names.
+    /// Publishes KeyPackages and joins the conversations that the grant names.
     async fn join_conversations(&self) -> Result<(), Error> {
         self.settle_keys(NewKeys::Needed).await?;
         self.sync_and_settle_keys().await?;
@@ -352,7 +352,7 @@ fn begin(
 }
 
 impl State {
-    /// Notes that the inbox is read after a seq. Messages up to it are not missing here.
+    /// Notes that reading the inbox begins after `seq`. Messages up to it do not count as missing.
     fn begin_reading(&self, seq: Seq, store_id: &[u8]) -> Result<(), DatabaseError> {
         self.set_number(LAST_SEQ, Some(seq.0))?;
         self.set_number(LEGACY_CURSOR, Some(seq.0))?;

@@ -124,7 +124,7 @@ impl Request {
     }
 }
 
-/// Returns whether the lifetime of a request does not separate two times.
+/// Returns whether two times differ by at most the lifetime of a request.
 pub(super) fn is_recent(at: UnixMillis, now: UnixMillis) -> bool {
     u128::from(at.0.abs_diff(now.0)) <= LINK_REQUEST_LIFETIME.as_millis()
 }

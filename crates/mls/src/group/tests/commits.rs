@@ -20,7 +20,7 @@ fn a_member_that_is_no_admin_adds_and_removes_no_accounts() {
     assert_hears(&mut ann, &mut cat, id);
     assert_hears(&mut cat, &mut ann, id);
     assert_hears(&mut bob, &mut ann, id);
-    // An admin's commit for the same epoch is applied all the same.
+    // A commit of an admin for the same epoch is still applied.
     let commit = add(&mut ann, id, &mut [&mut dan]);
     assert!(matches!(cat.receive_now(&commit.payload)[..], [Received::Committed { .. }]));
 }
@@ -37,7 +37,7 @@ fn proposals_are_ignored() {
     for victim in [&mut ann, &mut cat] {
         assert_eq!(victim.receive_now(&proposal), [Received::Ignored(Ignored::NotAllowed)]);
     }
-    // A stored proposal would stop both from sending, and ride on the next commit.
+    // A stored proposal would prevent both from sending, and would become part of the next commit.
     assert_hears(&mut cat, &mut ann, id);
     let mut dan = client("dan");
     add(&mut ann, id, &mut [&mut dan]);
@@ -79,7 +79,7 @@ fn not_even_an_admin_changes_the_channel_a_name_or_a_direct_conversation() {
     assert_hears(&mut ann, &mut bob, direct);
 }
 
-/// The signature key would be another afterwards, and who signed with it unproven.
+/// Nothing proves that the new signature key belongs to the account.
 #[test]
 fn a_member_cannot_become_another() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));

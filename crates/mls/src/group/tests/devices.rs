@@ -1,10 +1,10 @@
-//! Devices and members that break the rules about accounts, admins and joining, and what is kept of
-//! groups.
+//! Devices and members that break the rules about accounts, admins and joining, and the stored
+//! state of groups.
 
 use super::*;
 use crate::{Device, Lost, leaf::DeviceDescription};
 
-/// A client of the same account on a device of its own.
+/// Creates a client of the same account on another device.
 fn on_device(account: &Client, name: &str) -> Client {
     let identity = Identity::from_seed(account.identity.seed());
     let device = Device::generate(&identity, name);
@@ -14,7 +14,7 @@ fn on_device(account: &Client, name: &str) -> Client {
     client
 }
 
-/// A device in the name of `victim`, certified by another account.
+/// Returns a device in the name of `victim`, certified by another account.
 fn forged(victim: &Client) -> LeafSigner {
     let device = Device::generate(&Identity::generate(), "spy");
     LeafSigner::of_device(&device, &victim.identity.public(), &victim.username)
@@ -24,7 +24,7 @@ fn summary(client: &Client, id: GroupId) -> GroupSummary {
     client.group(&id).unwrap().unwrap()
 }
 
-/// An external commit by `signer`, whatever that is.
+/// Builds an external commit by `signer`, who need not be a member.
 fn external_commit(group_info: &[u8], signer: &LeafSigner) -> Vec<u8> {
     let store = Store::default();
     let message = MlsMessageIn::tls_deserialize_exact_bytes(group_info).unwrap();
@@ -113,7 +113,7 @@ fn a_member_that_is_no_admin_does_not_remove_all_devices_of_an_account() {
     for victim in [&mut ann, &mut cat, &mut phone] {
         assert_eq!(victim.receive_now(&commit), [Received::Ignored(Ignored::NotAllowed)]);
     }
-    // One of them is enough of a difference.
+    // The removal of one of the two devices is allowed.
     let (commit, _) = commit!(bob, id, |builder| builder.propose_removals([places[1]]));
     for victim in [&mut ann, &mut cat, &mut phone] {
         let received = victim.receive_now(&commit);
@@ -190,7 +190,7 @@ fn a_member_does_not_turn_its_leaf_into_that_of_another_device() {
     assert_hears(&mut ann, &mut bob, id);
 }
 
-/// Nobody could commit in such a group any more.
+/// No member could commit in such a group.
 #[test]
 fn the_leaf_of_an_account_does_not_become_that_of_a_device_that_has_one() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
@@ -220,14 +220,14 @@ fn keys_of_a_replaced_state_are_deleted() {
         (Store::load(&bob.database, id.as_bytes()).unwrap().written_len(), in_use)
     };
     bob.save().unwrap();
-    // Removed, and added again.
+    // The group is replaced because the member was removed and is added again.
     let removal = remove(&mut ann, id, &bob);
     bob.receive_now(&removal.payload);
     let again = add(&mut ann, id, &mut [&mut bob]);
     bob.receive_now(again.welcome.as_ref().unwrap());
     let (saved, in_use) = kept(&mut bob);
     assert_eq!(saved, in_use);
-    // By itself, after a joining that came to nothing.
+    // The group is replaced by joining alone, after a first attempt that was dropped.
     let known = [ann.identity.public()].into();
     bob.join_by_itself(&again.group_info, &known, now()).unwrap();
     let commit = change(&mut ann, id, &Change::default());

@@ -1,4 +1,4 @@
-//! Messages within a group: content, padding, farewells, and keys that are used once.
+//! Messages within a group: content, padding, `leaving`, and keys that are used once.
 
 use super::*;
 
@@ -43,7 +43,7 @@ fn debug_output_contains_no_secret_and_no_text() {
 }
 
 #[test]
-fn an_old_farewell_does_not_remove_a_member_that_was_added_again() {
+fn an_old_leaving_message_does_not_remove_a_member_that_was_added_again() {
     let (mut alice, mut bob) = (client("alice"), client("bob"));
     let id = group_of(&mut alice, &mut [&mut bob]);
     let farewell = bob.leave(id).unwrap().unwrap();

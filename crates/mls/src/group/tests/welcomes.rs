@@ -25,7 +25,7 @@ fn a_group_id_or_a_creator_cannot_be_usurped() {
     // Mallory knows the id and is faster.
     let forged = forged_welcome(&mallory, id, &mallorys, &mut bob);
     assert_eq!(bob.receive_now(&forged), [Received::Ignored(Ignored::BadWelcome)]);
-    // Nor does it start a conversation that names ann as its creator under a fresh id.
+    // A fresh id does not help: mallory cannot name ann as the creator of a conversation.
     let direct = Profile::direct(ann.identity.public(), bob.identity.public(), now());
     let forged =
         forged_welcome(&mallory, GroupId::random(&ann.identity.public()), &direct, &mut bob);
@@ -51,7 +51,7 @@ fn a_group_id_or_a_creator_cannot_be_usurped() {
     assert_hears(&mut ann, &mut bob, id);
 }
 
-/// A group's creator that never committed with a path still has the leaf that it began with.
+/// The leaf of a creator that never committed with a path is as old as the group.
 #[test]
 fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     let (ann, mut bob) = (client("ann"), client("bob"));
@@ -72,9 +72,9 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
     assert!(matches!(received[..], [Received::Joined { .. }]), "{received:?}");
 }
 
-/// A Welcome's list of recipients is not authenticated, so the server can make many of one.
-/// With a package that may be used again, each of them would set the group back to where it was
-/// joined, and let old messages pass for new.
+/// The recipients of a Welcome are not authenticated, so the server can derive several Welcomes
+/// from one. With a last-resort package, each of them could be opened. It would reset the group to
+/// the epoch of the joining, and old messages would be read as new ones.
 #[test]
 fn a_welcome_of_an_earlier_epoch_does_not_replace_the_group() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
@@ -90,8 +90,8 @@ fn a_welcome_of_an_earlier_epoch_does_not_replace_the_group() {
     assert_eq!(bob.receive_now(&for_bob_alone), [Received::Duplicate]);
     assert_eq!(bob.receive_now(&message), [Received::Duplicate]);
 
-    // Removed and added again by the same package: the first Welcome is past now, though another
-    // one brought us in.
+    // Bob is removed, and added again with the same package. The first Welcome has no effect now,
+    // although the present state comes from another one.
     let removal = remove(&mut ann, id, &bob).payload;
     bob.receive_now(&removal);
     let only_bob = Change { add: invitees[..1].to_vec(), ..Change::default() };
