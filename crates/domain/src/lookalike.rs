@@ -77,7 +77,7 @@ impl Username {
     ///
     /// Such a name passes the strictest rule for new names and cannot be confused with `you`, the
     /// word that displays use for the reader's own account.
-    pub fn is_plain(&self) -> bool {
+    pub fn is_unambiguous(&self) -> bool {
         self.check_new(UsernameScripts::HighlyRestrictive).is_ok()
             && self.skeleton().as_str() != "you"
     }
@@ -182,12 +182,12 @@ mod tests {
     }
 
     #[test]
-    fn names_that_could_be_confused_with_display_words_are_not_plain() {
+    fn names_that_could_be_confused_with_display_words_are_ambiguous() {
         for raw in ["alice", "Алиса", "yousuf", "you2"] {
-            assert!(name(raw).is_plain(), "{raw}");
+            assert!(name(raw).is_unambiguous(), "{raw}");
         }
         for raw in ["you", "YOU", "уоu", "*", "\u{301}", "bob?", "[friends]", "\u{430}lice"] {
-            assert!(!name(raw).is_plain(), "{raw}");
+            assert!(!name(raw).is_unambiguous(), "{raw}");
         }
     }
 

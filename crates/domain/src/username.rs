@@ -47,9 +47,9 @@ impl Username {
     /// Accepts every name that has ever been accepted, so that its account can be found. The name
     /// of a new account must also pass [`Username::check_new`].
     pub fn parse(raw: &str) -> Result<Self, InvalidUsername> {
-        // Bounds the work for hostile input. Only artificial longer inputs fold to 64 characters,
-        // for example decomposed Hangul.
-        if raw.is_empty() || raw.len() > 8 * Self::MAX_CHARS {
+        // Bounds the work for hostile input, and refuses no valid name: a character of a canonical
+        // form is composed of at most three, each of at most four bytes.
+        if raw.is_empty() || raw.len() > 3 * 4 * Self::MAX_CHARS {
             return Err(InvalidUsername::Length);
         }
         let canonical = if is_canonical_ascii(raw) {
@@ -127,6 +127,8 @@ impl fmt::Debug for Username {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -154,6 +156,27 @@ mod tests {
         assert_eq!(canonical(&"字".repeat(64)).chars().count(), 64);
         assert_eq!(Username::parse(&"字".repeat(65)), Err(InvalidUsername::Length));
         assert_eq!(Username::parse(&"x".repeat(1 << 20)), Err(InvalidUsername::Length));
+    }
+
+    #[test]
+    fn a_decomposed_name_of_64_canonical_characters_is_accepted() {
+        let name = "각".repeat(64);
+        let decomposed: String = name.nfd().collect();
+        assert_eq!(decomposed.len(), 576);
+        assert_eq!(canonical(&decomposed), name);
+        let decomposed: String = "각".repeat(65).nfd().collect();
+        assert_eq!(Username::parse(&decomposed), Err(InvalidUsername::Length));
+    }
+
+    /// The limit of a name's bytes depends on this.
+    #[test]
+    fn a_character_that_is_composed_of_more_than_three_is_not_canonical() {
+        for c in '\0'..=char::MAX {
+            if iter::once(c).nfd().count() > 3 {
+                let raw = String::from(c);
+                assert!(!Username::parse(&raw).is_ok_and(|name| name.as_str() == raw), "{c:?}");
+            }
+        }
     }
 
     #[test]

@@ -247,20 +247,20 @@ impl Lane {
             return Some(Err(Failure::Permanent(NEVER_ENDED.into())));
         }
         let run = AssertUnwindSafe(self.work.run(job, self.clock.now())).catch_unwind();
-        let outcome = self.while_held(job, run).await?;
+        let outcome = self.while_claimed(job, run).await?;
         Some(outcome.unwrap_or_else(|_| Err(Failure::Temporary(PANICKED.into()))))
     }
 
     /// Polls `work` and renews the claim at each third of its lease. Returns `None` once the claim
     /// is lost.
-    async fn while_held<F: Future>(&self, job: &Job, work: F) -> Option<F::Output> {
+    async fn while_claimed<F: Future>(&self, job: &Job, work: F) -> Option<F::Output> {
         let lease = self.work.policy().lease;
         let mut work = pin!(work);
         loop {
             match timeout(lease / 3, work.as_mut()).await {
                 Ok(outcome) => return Some(outcome),
                 Err(_) => match self.jobs.renew(job.claim, lease, self.clock.now()).await {
-                    Ok(ClaimState::Held) => {}
+                    Ok(ClaimState::Valid) => {}
                     Ok(ClaimState::Lost) => return None,
                     Err(error) => self.store_failed("renew", &error),
                 },

@@ -145,15 +145,6 @@ impl fmt::Debug for NewMessage {
     }
 }
 
-impl Page {
-    /// Replaces all payloads by empty ones.
-    pub fn free_payloads(&mut self) {
-        for envelope in &mut self.envelopes {
-            envelope.payload = bytes::Bytes::new();
-        }
-    }
-}
-
 /// The outcome for one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Enqueued {
@@ -265,6 +256,20 @@ pub struct Page {
     pub more: bool,
 }
 
+impl Page {
+    /// Creates a page without messages.
+    pub const fn empty(store_id: StoreId) -> Self {
+        Self { store_id, envelopes: Vec::new(), more: false }
+    }
+
+    /// Replaces all payloads by empty ones.
+    pub fn free_payloads(&mut self) {
+        for envelope in &mut self.envelopes {
+            envelope.payload = bytes::Bytes::new();
+        }
+    }
+}
+
 /// A queued message.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Envelope {
@@ -276,13 +281,6 @@ pub struct Envelope {
     pub payload: bytes::Bytes,
     /// The time at which the message was accepted.
     pub enqueued_at: UnixMillis,
-}
-
-impl Page {
-    /// Creates a page without messages.
-    pub const fn empty(store_id: StoreId) -> Self {
-        Self { store_id, envelopes: Vec::new(), more: false }
-    }
 }
 
 impl Envelope {

@@ -184,7 +184,7 @@ pub enum JobEnd {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClaimState {
     /// The claim is valid: no other worker has claimed the job.
-    Held,
+    Valid,
     /// The lease had ended and another worker claimed the job, or the job was finished.
     Lost,
 }

@@ -7,6 +7,8 @@
 //! tables and generates its SQL from the descriptions. This module has the names and types that all
 //! stores share.
 
+mod columns;
+
 use std::fmt;
 
 use sha2::{Digest as _, Sha256};
@@ -33,7 +35,7 @@ pub enum Table {
     /// Devices, and their positions in the inboxes.
     Device,
     /// Messages after the position of a device that the device has already completed.
-    DeviceDone,
+    DeviceCompleted,
     /// Device keys that are or were registered.
     DeviceKey,
     /// Groups.
@@ -82,18 +84,6 @@ pub enum Cell {
 /// The values of a row, in the order of its columns.
 pub type Row = Vec<Cell>;
 
-const fn number(name: &'static str) -> Column {
-    Column { name, kind: ColumnType::Number }
-}
-
-const fn text(name: &'static str) -> Column {
-    Column { name, kind: ColumnType::Text }
-}
-
-const fn bytes(name: &'static str) -> Column {
-    Column { name, kind: ColumnType::Bytes }
-}
-
 impl Table {
     /// All tables, in the order of the transfer.
     pub const ALL: [Self; 15] = [
@@ -106,7 +96,7 @@ impl Table {
         Self::KeyPackageGiven,
         Self::HybridKey,
         Self::Device,
-        Self::DeviceDone,
+        Self::DeviceCompleted,
         Self::DeviceKey,
         Self::Group,
         Self::GroupMember,
@@ -126,7 +116,7 @@ impl Table {
             Self::KeyPackageGiven => "key_package_given",
             Self::HybridKey => "hybrid_key",
             Self::Device => "device",
-            Self::DeviceDone => "device_done",
+            Self::DeviceCompleted => "device_done",
             Self::DeviceKey => "device_key",
             Self::Group => "mls_group",
             Self::GroupMember => "group_member",
@@ -138,165 +128,28 @@ impl Table {
     /// Returns the columns that are transferred. The first ones are the key, which orders the rows.
     pub const fn columns(self) -> &'static [Column] {
         match self {
-            Self::Account => {
-                &const {
-                    [
-                        number("id"),
-                        text("username"),
-                        bytes("identity"),
-                        bytes("opaque_record"),
-                        number("created_at"),
-                    ]
-                }
-            }
-            Self::Session => {
-                &const {
-                    [
-                        bytes("token"),
-                        number("account"),
-                        bytes("device"),
-                        number("authenticated_at"),
-                        number("last_used_at"),
-                        number("expires_at"),
-                    ]
-                }
-            }
-            Self::Inbox => {
-                &const {
-                    [
-                        number("id"),
-                        number("last_seq"),
-                        number("messages"),
-                        number("bytes"),
-                        number("next_expiry"),
-                    ]
-                }
-            }
-            Self::Message => {
-                &const {
-                    [
-                        number("id"),
-                        number("inbox"),
-                        number("seq"),
-                        number("expires_at"),
-                        number("enqueued_at"),
-                        bytes("channel"),
-                        bytes("sender"),
-                        bytes("message_id"),
-                        bytes("payload_sha256"),
-                        bytes("payload"),
-                    ]
-                }
-            }
-            Self::RecentId => {
-                &const {
-                    [
-                        number("inbox"),
-                        bytes("sender"),
-                        bytes("message_id"),
-                        number("seq"),
-                        bytes("channel"),
-                        bytes("payload_sha256"),
-                        number("enqueued_at"),
-                        number("forget_at"),
-                    ]
-                }
-            }
-            Self::KeyPackage => {
-                &const {
-                    [
-                        number("id"),
-                        number("owner"),
-                        bytes("fingerprint"),
-                        number("last_resort"),
-                        number("not_after"),
-                        bytes("bytes"),
-                        number("not_before"),
-                        bytes("device"),
-                    ]
-                }
-            }
-            Self::KeyPackageGiven => {
-                &const { [number("owner"), bytes("fingerprint"), number("not_after")] }
-            }
-            Self::HybridKey => &const { [number("owner"), bytes("key"), bytes("signature")] },
-            Self::Device => {
-                &const {
-                    [
-                        number("id"),
-                        number("account"),
-                        bytes("device"),
-                        text("name"),
-                        bytes("key"),
-                        bytes("proof"),
-                        number("registered_at"),
-                        number("last_seen_at"),
-                        number("upto"),
-                        number("position_lost"),
-                    ]
-                }
-            }
-            Self::DeviceDone => &const { [number("inbox"), number("seq"), bytes("device")] },
-            Self::DeviceKey => &const { [bytes("key"), number("account"), bytes("device")] },
-            Self::Group => {
-                &const {
-                    [
-                        bytes("id"),
-                        bytes("pair"),
-                        text("name"),
-                        text("description"),
-                        bytes("settings"),
-                        number("version"),
-                        number("epoch"),
-                        bytes("group_info"),
-                        number("created_at"),
-                    ]
-                }
-            }
-            Self::GroupMember => {
-                &const {
-                    [
-                        number("id"),
-                        bytes("group_id"),
-                        number("account"),
-                        number("role"),
-                        number("joined_at"),
-                    ]
-                }
-            }
-            Self::GroupCommit => {
-                &const {
-                    [
-                        bytes("group_id"),
-                        number("account"),
-                        bytes("message_id"),
-                        number("epoch"),
-                        number("committed_at"),
-                        bytes("outcome"),
-                    ]
-                }
-            }
-            Self::Job => {
-                &const {
-                    [
-                        number("id"),
-                        text("kind"),
-                        bytes("key"),
-                        bytes("payload"),
-                        number("run_at"),
-                        number("attempts"),
-                        number("died_at"),
-                        text("last_error"),
-                    ]
-                }
-            }
+            Self::Account => columns::ACCOUNT,
+            Self::Session => columns::SESSION,
+            Self::Inbox => columns::INBOX,
+            Self::Message => columns::MESSAGE,
+            Self::RecentId => columns::RECENT_ID,
+            Self::KeyPackage => columns::KEY_PACKAGE,
+            Self::KeyPackageGiven => columns::KEY_PACKAGE_GIVEN,
+            Self::HybridKey => columns::HYBRID_KEY,
+            Self::Device => columns::DEVICE,
+            Self::DeviceCompleted => columns::DEVICE_COMPLETED,
+            Self::DeviceKey => columns::DEVICE_KEY,
+            Self::Group => columns::GROUP,
+            Self::GroupMember => columns::GROUP_MEMBER,
+            Self::GroupCommit => columns::GROUP_COMMIT,
+            Self::Job => columns::JOB,
         }
     }
 
     /// Returns the columns of the key.
     pub fn key(self) -> &'static [Column] {
         let length = match self {
-            Self::RecentId | Self::DeviceDone | Self::GroupCommit => 3,
+            Self::RecentId | Self::DeviceCompleted | Self::GroupCommit => 3,
             Self::KeyPackageGiven => 2,
             _ => 1,
         };

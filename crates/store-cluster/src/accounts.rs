@@ -108,10 +108,10 @@ impl Statement for Register {
             return Ok(Some(Registration::Registered(AccountId(id))));
         }
         // A separate statement, because it sees the row that the insert conflicts with.
-        if let Some(held) = find_credentials(connection, &new.username).await? {
-            let same = held.identity == new.identity && held.opaque_record == new.opaque_record;
+        if let Some(stored) = find_credentials(connection, &new.username).await? {
+            let same = stored.identity == new.identity && stored.opaque_record == new.opaque_record;
             return Ok(Some(match same {
-                true => Registration::Repeated(held.account),
+                true => Registration::Repeated(stored.account),
                 false => Registration::UsernameTaken,
             }));
         }

@@ -37,6 +37,8 @@ const RETRY_EVERY: Duration = Duration::from_millis(100);
 
 /// Maximum names in an error.
 const MAX_NAMES: usize = 10;
+/// Maximum names that are read: one more shows that there are others.
+const NAMES_READ: i64 = MAX_NAMES as i64 + 1;
 
 /// A connection to the cluster's Postgres, by which a single node is imported.
 #[derive(Debug)]
@@ -135,8 +137,8 @@ impl Import {
         let sql = "SELECT n.username FROM unnest($1::text[], $2::bytea[]) AS n (username, identity)
                     WHERE EXISTS (SELECT 1 FROM account a WHERE a.username = n.username)
                        OR EXISTS (SELECT 1 FROM account a WHERE a.identity = n.identity)
-                    ORDER BY 1 LIMIT 11";
-        let query = identities.bind(names.bind(sqlx::query(sql)));
+                    ORDER BY 1 LIMIT $3";
+        let query = identities.bind(names.bind(sqlx::query(sql))).bind(NAMES_READ);
         let rows = query.fetch_all(&mut self.connection).await?;
         let names: Vec<_> = rows.iter().map(|row| row.try_get(0)).collect::<sqlx::Result<_>>()?;
         if names.is_empty() { Ok(()) } else { Err(clash(names)) }
@@ -200,7 +202,8 @@ impl Import {
         seen: impl FnMut(),
     ) -> Result<(), ImportError> {
         let mut open = self.connection.begin().await?;
-        let clashes: Vec<String> = sqlx::query_scalar(CLASHES).fetch_all(&mut *open).await?;
+        let clashes: Vec<String> =
+            sqlx::query_scalar(CLASHES).bind(NAMES_READ).fetch_all(&mut *open).await?;
         if !clashes.is_empty() {
             return Err(clash(clashes));
         }
@@ -270,12 +273,12 @@ fn clash(mut names: Vec<String>) -> ImportError {
     ImportError::Clash { names, more }
 }
 
-/// Returns up to one name more than an error has, which shows that there are others.
+/// Returns the names of accounts that the cluster has already. $1 [`NAMES_READ`].
 const CLASHES: &str = "
     SELECT s.username FROM import_account s
      WHERE EXISTS (SELECT 1 FROM account a WHERE a.username = s.username)
         OR EXISTS (SELECT 1 FROM account a WHERE a.identity = s.identity)
-     ORDER BY 1 LIMIT 11";
+     ORDER BY 1 LIMIT $1";
 
 /// Moves all rows from the tables `import_…` to those of the cluster. Accounts get new numbers,
 /// which `import_account` assigns to the old ones by the identity keys.

@@ -418,7 +418,7 @@ async fn finish(
         JobEnd::Done => {
             let removed = claimed(DONE).execute(&mut *connection).await?;
             if removed.rows_affected() > 0 {
-                return Ok(ClaimState::Held);
+                return Ok(ClaimState::Valid);
             }
             claimed(DONE_ONCE).execute(connection).await?
         }
@@ -461,7 +461,7 @@ fn wait(duration: Duration) -> i64 {
 }
 
 fn state(rows: u64) -> ClaimState {
-    if rows == 0 { ClaimState::Lost } else { ClaimState::Held }
+    if rows == 0 { ClaimState::Lost } else { ClaimState::Valid }
 }
 
 fn job(row: &PgRow, token: [u8; 16]) -> sqlx::Result<Job> {

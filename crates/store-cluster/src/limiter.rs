@@ -16,9 +16,9 @@ use redis::Script;
 use crate::{ClusterStore, metrics as names, redis::Redis};
 
 /// Time for which a key is kept after its bucket is full.
-const SLACK: Duration = Duration::from_secs(60);
+const KEY_SLACK: Duration = Duration::from_secs(60);
 /// Maximum lifetime of a key. A bucket that would be full later than that is treated as full then.
-const LONGEST: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+const MAX_LIFETIME: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 static SPEND: LazyLock<Script> =
     LazyLock::new(|| Script::new(include_str!("redis/scripts/spend.lua")));
@@ -55,8 +55,8 @@ impl RateLimiter for ClusterStore {
             text(millis_per_token),
             text(cost),
             if self.inner.time_is_injected { text(now.0) } else { Bytes::new() },
-            text(SLACK.as_millis()),
-            text(LONGEST.as_millis()),
+            text(KEY_SLACK.as_millis()),
+            text(MAX_LIFETIME.as_millis()),
         ];
         match self.inner.redis.script::<Option<f64>>("spend", &SPEND, &[key], &args).await {
             Ok(None) => Ok(Verdict::Allowed),

@@ -127,7 +127,7 @@ pub async fn pushes(
 
 async fn load_empty(redis: &Redis, reader: ReaderId, state: State) -> StoreResult<()> {
     let limit = PageLimit { messages: 0, bytes: 0 };
-    let look = QueueRead {
+    let query = QueueRead {
         reader: &reader,
         view: View::All,
         state,
@@ -138,7 +138,7 @@ async fn load_empty(redis: &Redis, reader: ReaderId, state: State) -> StoreResul
         term: None,
         edge: None,
     };
-    match redis.read(look).await? {
+    match redis.read(query).await? {
         QueueAnswer::NotLoaded(permit) => redis.load(&reader, permit, state, &[]).await,
         QueueAnswer::Ahead(_) | QueueAnswer::Page(_) => Ok(()),
     }

@@ -281,23 +281,23 @@ fn put_wake(bytes: &mut BytesMut, inbox: &IdentityKey, view: View) {
 /// Returns the wakes of a message to this edge: after a tag, each as [`put_wake`] encodes it. A
 /// message of the previous release has no tag.
 fn wakes(message: &[u8]) -> impl Iterator<Item = (IdentityKey, View)> + '_ {
-    let words = match message.split_first() {
-        Some((&tag::WAKES, words)) if words.len().is_multiple_of(IdentityKey::LEN) => words,
+    let blocks = match message.split_first() {
+        Some((&tag::WAKES, blocks)) if blocks.len().is_multiple_of(IdentityKey::LEN) => blocks,
         _ if message.len().is_multiple_of(IdentityKey::LEN) => message,
         // A message of a newer release.
         _ => &[],
     };
-    let mut words = words.chunks_exact(IdentityKey::LEN).peekable();
+    let mut blocks = blocks.chunks_exact(IdentityKey::LEN).peekable();
     std::iter::from_fn(move || {
-        let inbox = IdentityKey::try_from(words.next()?).ok()?;
-        let channel = words.next_if(|word| word.starts_with(IN_CHANNEL));
+        let inbox = IdentityKey::try_from(blocks.next()?).ok()?;
+        let channel = blocks.next_if(|block| block.starts_with(IN_CHANNEL));
         let view = channel.and_then(channel_of).map_or(View::All, View::Channel);
         Some((inbox, view))
     })
 }
 
-fn channel_of(word: &[u8]) -> Option<ChannelId> {
-    let (&length, rest) = word.strip_prefix(IN_CHANNEL)?.split_first()?;
+fn channel_of(block: &[u8]) -> Option<ChannelId> {
+    let (&length, rest) = block.strip_prefix(IN_CHANNEL)?.split_first()?;
     ChannelId::try_from(rest.get(..length.into())?).ok()
 }
 

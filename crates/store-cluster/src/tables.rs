@@ -205,7 +205,7 @@ static TABLES: &[TableDescription] = &[
     },
     TableDescription {
         name: "device_done",
-        content: Content::Transferred(Table::DeviceDone),
+        content: Content::Transferred(Table::DeviceCompleted),
         columns: &[column("inbox", Role::Account), value("seq"), value("device")],
     },
     TableDescription {

@@ -67,14 +67,14 @@ struct Entry {
 
 /// The position up to which an inbox has been read, and its history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
+struct ReadPosition {
     store_id: StoreId,
     head: u64,
 }
 
-impl Seen {
+impl ReadPosition {
     /// Returns whether a read up to `seen` has missed messages of this state.
-    fn is_news_to(self, seen: Self) -> bool {
+    fn is_after(self, seen: Self) -> bool {
         self.store_id != seen.store_id || self.head > seen.head
     }
 }
@@ -84,7 +84,7 @@ struct Subscriber {
     query: ReadQuery,
     woken: Notify,
     /// The position up to which a call of this reader has read the view on this edge, if any has.
-    seen: Mutex<Option<Seen>>,
+    seen: Mutex<Option<ReadPosition>>,
     /// The instant of a wake without a change: a lease that hid messages ends, or the registration
     /// must be renewed.
     wake_at: Mutex<Option<Instant>>,
@@ -222,7 +222,7 @@ impl WakeRegistry {
             let readers: Vec<_> = inboxes.iter().copied().map(Reader::single).collect();
             let Ok((_, heads)) = page::heads(database, history, &readers).await else { return };
             for (reader, head) in heads {
-                let now = Seen { store_id: head.state.store_id, head: head.state.head };
+                let now = ReadPosition { store_id: head.state.store_id, head: head.state.head };
                 self.table.record_head(&reader.inbox, now);
             }
         }
@@ -262,10 +262,10 @@ impl Table {
         let Some(entry) = inboxes.get(&read.reader.inbox) else { return };
         // A lease of all messages leaves none for other reads of the view.
         let left = lease.is_none() || shown.page.more;
-        let now = Seen { store_id: shown.page.store_id, head: shown.head };
+        let now = ReadPosition { store_id: shown.page.store_id, head: shown.head };
         for subscriber in entry.subscribers.iter().filter(|other| other.query == *read) {
             let mut seen = subscriber.seen.lock();
-            let news = seen.is_some_and(|seen| now.is_news_to(seen));
+            let news = seen.is_some_and(|seen| now.is_after(seen));
             if left && news {
                 // Woken now, because with the new `seen` the poll would not find these messages.
                 subscriber.woken.notify_one();
@@ -283,11 +283,11 @@ impl Table {
     }
 
     /// Wakes the calls that have not read as far as the head.
-    fn record_head(&self, inbox: &IdentityKey, now: Seen) {
+    fn record_head(&self, inbox: &IdentityKey, now: ReadPosition) {
         let inboxes = self.inboxes.lock();
         let Some(entry) = inboxes.get(inbox) else { return };
         for subscriber in &entry.subscribers {
-            if subscriber.seen.lock().is_none_or(|seen| now.is_news_to(seen)) {
+            if subscriber.seen.lock().is_none_or(|seen| now.is_after(seen)) {
                 metrics::counter!(names::WAKES, "way" => "found").increment(1);
                 subscriber.woken.notify_one();
             }
@@ -385,8 +385,8 @@ mod tests {
         wake.woken().now_or_never().is_some()
     }
 
-    fn seen(head: u64) -> Seen {
-        Seen { store_id: StoreId::new([0; 16]), head }
+    fn seen(head: u64) -> ReadPosition {
+        ReadPosition { store_id: StoreId::new([0; 16]), head }
     }
 
     fn shown(head: u64, stopped_for: Option<Duration>) -> VisiblePage {

@@ -182,7 +182,7 @@ impl MoveAbsent {
         };
         let rows = 1 + removal.run(tx).await?;
         let reader = InboxReader { inbox: identity, registration: Some(self.registration) };
-        let effects = Effects { removed_from: Some(reader), ..Effects::default() };
+        let effects = Effects { completed_by: Some(reader), ..Effects::default() };
         Ok(Done::with(Moved { rows, account: is_first.then_some(identity) }, effects))
     }
 }

@@ -50,7 +50,7 @@ pub struct Inspection {
 /// The reason why a database cannot be copied, or a copy cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
-    #[error("{} holds no server's data: there is no {DATABASE_FILE} in it", .0.display())]
+    #[error("{} contains no server data: there is no {DATABASE_FILE} in it", .0.display())]
     NoData(PathBuf),
     #[error("the data directory {0}")]
     Source(OpenError),

@@ -60,7 +60,7 @@ impl Damage {
     }
 
     /// Records the result of [`CheckStructure`].
-    pub(crate) fn note(&self, checked: StoreResult<Option<String>>) -> StoreResult<()> {
+    pub(crate) fn record(&self, checked: StoreResult<Option<String>>) -> StoreResult<()> {
         let found = match checked {
             Ok(found) => found,
             Err(StoreError::Corrupt(error)) => Some(error.to_string()),

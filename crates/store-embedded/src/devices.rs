@@ -59,7 +59,7 @@ impl Devices for EmbeddedStore {
     }
 }
 
-const LIST: &str = "
+pub(crate) const LIST: &str = "
     SELECT device, name, key, proof, registered_at, last_seen_at FROM device
      WHERE account = ?1 ORDER BY id";
 
@@ -291,5 +291,16 @@ impl RevokeDevice {
 }
 
 #[cfg(test)]
-pub(crate) const STATEMENTS: [&str; 9] =
-    [FIND, RENAME, REFUSAL, INSERT, TAKE_KEY, BIND_SESSION, DELETE, END_SESSIONS, DELETE_PACKAGES];
+pub(crate) const STATEMENTS: [&str; 11] = [
+    LIST,
+    FIND,
+    RENAME,
+    REFUSAL,
+    INSERT,
+    TAKE_KEY,
+    BIND_SESSION,
+    DELETE,
+    END_SESSIONS,
+    DELETE_PACKAGES,
+    DELETE_OWN_PACKAGES,
+];

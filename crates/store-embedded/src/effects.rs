@@ -12,7 +12,7 @@ pub(crate) struct Effects {
     pub(crate) sessions_changed: Vec<TokenHash>,
     pub(crate) session_used: Option<SessionUse>,
     /// The reader that has completed messages.
-    pub(crate) removed_from: Option<InboxReader>,
+    pub(crate) completed_by: Option<InboxReader>,
     /// The inbox with an added or removed reader.
     pub(crate) readers_changed: Option<IdentityKey>,
     /// The inboxes and views whose reads may return more.

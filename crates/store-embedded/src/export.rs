@@ -47,7 +47,7 @@ pub struct Export {
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     #[error(
-        "{} holds no server's data: there is no {DATABASE_FILE} in it. Name the data directory of \
+        "{} contains no server data: there is no {DATABASE_FILE} in it. Name the data directory of \
          the server to move",
         .0.display()
     )]

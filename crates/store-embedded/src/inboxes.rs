@@ -124,13 +124,13 @@ impl EmbeddedStore {
                 Ok(snapshot) => {
                     if let Some(shown) = show(&in_progress, noted, store_id, &snapshot) {
                         drop(connection);
-                        self.note_seen(snapshot.reader, *now).await;
+                        self.record_seen(snapshot.reader, *now).await;
                         return Ok(shown);
                     }
                 }
                 Err(NoSnapshot::PositionLost(reader)) => {
                     drop(connection);
-                    self.note_seen(reader, *now).await;
+                    self.record_seen(reader, *now).await;
                     return Err(ReadError::PositionLost);
                 }
                 Err(NoSnapshot::DeviceRequired) => return Err(ReadError::DeviceRequired),
@@ -140,7 +140,7 @@ impl EmbeddedStore {
     }
 
     /// Records that a device has read, unless a recent read of it is recorded already.
-    async fn note_seen(&self, reader: SnapshotReader, now: UnixMillis) {
+    async fn record_seen(&self, reader: SnapshotReader, now: UnixMillis) {
         let SnapshotReader::Device { registration, last_seen_at } = reader else { return };
         // With a clock that went back, the device would look absent.
         let at = self.memory.clock.bounds(now).latest;
@@ -257,7 +257,7 @@ impl Statement for Complete {
             }
         }
         // The end of the lease wakes the reader.
-        let effects = Effects { removed_from: Some(guard.reader()), ..Effects::default() };
+        let effects = Effects { completed_by: Some(guard.reader()), ..Effects::default() };
         Ok(Done::with((), effects))
     }
 }
@@ -325,7 +325,7 @@ impl Statement for Acknowledge {
             return Ok(Done::keep(answer));
         }
         let effects = Effects {
-            removed_from: Some(InboxReader { inbox: reader.inbox, registration }),
+            completed_by: Some(InboxReader { inbox: reader.inbox, registration }),
             wakes: vec![(reader.inbox, self.read.view)],
             ..Effects::default()
         };

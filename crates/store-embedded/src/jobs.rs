@@ -34,17 +34,13 @@ use crate::{
 /// The longest wait that is stored. The instant after a longer one might not fit an `i64`.
 const LONGEST_WAIT: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Selects two ranges of the index: the jobs that are due, and those beyond the horizon.
+/// Selects two ranges of the index: the jobs that are due, and then those beyond the horizon, which
+/// is never earlier than the present.
 const DUE: &str = "
-    SELECT id FROM (
-        SELECT id, run_at, 0 AS astray FROM (
-            SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at <= ?2
-             ORDER BY run_at, id LIMIT +?4)
-        UNION ALL
-        SELECT id, run_at, 1 FROM (
-            SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at > ?3
-             ORDER BY run_at, id LIMIT +?4))
-     ORDER BY astray, run_at, id LIMIT +?4";
+    SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at <= ?2
+    UNION ALL
+    SELECT id, run_at FROM job WHERE kind = ?1 AND died_at IS NULL AND run_at > ?3
+     ORDER BY run_at, id LIMIT +?4";
 const CLAIM: &str = "
     UPDATE job SET run_at = ?2, claim = ?3, again_at = NULL, attempts = attempts + 1 WHERE id = ?1
     RETURNING payload, attempts";
@@ -98,6 +94,27 @@ const RETRY_DEAD: &str = "
             WHERE live.kind = job.kind AND live.key = job.key AND live.died_at IS NULL)";
 const IS_DEAD: &str = "SELECT EXISTS (SELECT 1 FROM job WHERE id = ?1 AND died_at IS NOT NULL)";
 const REMOVE_DEAD: &str = "DELETE FROM job WHERE id = ?1 AND died_at IS NOT NULL";
+
+/// All statements but [`STATS`], which counts all jobs and therefore reads all.
+#[cfg(test)]
+pub(crate) const STATEMENTS: [&str; 16] = [
+    DUE,
+    CLAIM,
+    PUT,
+    PUT_AGAIN,
+    RENEW,
+    DONE,
+    DONE_ONCE,
+    REPEAT,
+    RETRY,
+    RELEASE,
+    DIE,
+    REPLACE_DEAD,
+    DEAD,
+    RETRY_DEAD,
+    IS_DEAD,
+    REMOVE_DEAD,
+];
 
 /// The queue of jobs for the tools of the operator, whether or not a server is running.
 #[derive(Debug)]
@@ -385,7 +402,7 @@ async fn finish(
         JobEnd::Done => {
             let removed = claimed(DONE).execute(&mut *connection).await?;
             if removed.rows_affected() > 0 {
-                return Ok(ClaimState::Held);
+                return Ok(ClaimState::Valid);
             }
             claimed(DONE_ONCE).execute(connection).await?
         }
@@ -434,7 +451,7 @@ fn after(now: UnixMillis, wait: Duration) -> i64 {
 }
 
 fn state(rows: u64) -> ClaimState {
-    if rows == 0 { ClaimState::Lost } else { ClaimState::Held }
+    if rows == 0 { ClaimState::Lost } else { ClaimState::Valid }
 }
 
 fn stats(row: &SqliteRow) -> sqlx::Result<JobStats> {

@@ -203,13 +203,19 @@ const OF_ACCOUNT: TakeStatements = take_statements!(oldest);
 const OF_DEVICE: TakeStatements = take_statements!(oldest_of_device);
 
 /// Returns the devices of the account with the identity ?1.
-const DEVICES: &str = "
+pub(crate) const DEVICES: &str = "
     SELECT r.id, r.device FROM account a CROSS JOIN device r ON r.account = a.id
      WHERE a.identity = ?1 ORDER BY r.id";
 
 #[cfg(test)]
-pub(crate) const STATEMENTS: [&str; 5] =
-    [STOCK, OF_ACCOUNT.one_time, OF_ACCOUNT.last_resort, OF_DEVICE.one_time, OF_DEVICE.last_resort];
+pub(crate) const STATEMENTS: [&str; 6] = [
+    STOCK,
+    OF_ACCOUNT.one_time,
+    OF_ACCOUNT.last_resort,
+    OF_DEVICE.one_time,
+    OF_DEVICE.last_resort,
+    DEVICES,
+];
 
 fn stock(row: &SqliteRow) -> sqlx::Result<Stock> {
     let available = row.unsigned("available")?;

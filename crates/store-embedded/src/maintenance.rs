@@ -33,7 +33,7 @@ const LOAD_MARGIN: usize = 64 << 10;
 impl Maintenance for EmbeddedStore {
     async fn check(&self) -> StoreResult<()> {
         if self.damage.is_suspected() {
-            self.damage.note(self.writer.run(CheckStructure).await)?;
+            self.damage.record(self.writer.run(CheckStructure).await)?;
         }
         self.damage.result()?;
         if let Some(refused) = self.writer.refused() {

@@ -190,7 +190,7 @@ static TABLES: &[TableDescription] = &[
     },
     TableDescription {
         name: "device_done",
-        content: Content::Transferred { to: Table::DeviceDone, key: 3 },
+        content: Content::Transferred { to: Table::DeviceCompleted, key: 3 },
         columns: &[column("inbox", Role::Account), value("seq"), value("device")],
     },
     TableDescription {

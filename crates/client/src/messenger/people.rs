@@ -49,7 +49,7 @@ impl fmt::Display for Person {
     /// an `@`, which no username contains, and followed by the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { identity, username, standing } = self;
-        if !username.is_plain() {
+        if !username.is_unambiguous() {
             write!(f, "@{}", username.as_str().escape_debug())?;
             return write!(f, " (key {:.8}…)", identity.to_string());
         }

@@ -7,14 +7,14 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, NOW, account},
+    bench::{Bench, NOW, new_account},
 };
 use crate::{NewAccount, Registration};
 
 pub async fn a_registration_is_found_by_name_and_by_key(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let accounts = &bench.stores.accounts;
-    let new = account("alice", 1, 7);
+    let new = new_account("alice", 1, 7);
     let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
         panic!("alice is the first");
     };
@@ -39,26 +39,28 @@ pub async fn a_registration_is_found_by_name_and_by_key(factory: &dyn Factory) {
 pub async fn a_registration_never_overwrites(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let accounts = &bench.stores.accounts;
-    let first = account("alice", 1, 1);
+    let first = new_account("alice", 1, 1);
     accounts.register(first.clone()).await.expect("register");
     for (attempt, expected) in [
-        (account("alice", 2, 2), Registration::UsernameTaken),
-        (account("alice", 1, 2), Registration::UsernameTaken),
-        (account("alice", 2, 1), Registration::UsernameTaken),
-        (account("bob", 1, 1), Registration::IdentityTaken),
+        (new_account("alice", 2, 2), Registration::UsernameTaken),
+        (new_account("alice", 1, 2), Registration::UsernameTaken),
+        (new_account("alice", 2, 1), Registration::UsernameTaken),
+        (new_account("bob", 1, 1), Registration::IdentityTaken),
     ] {
         assert_eq!(accounts.register(attempt).await.expect("register"), expected);
     }
     let kept = accounts.credentials(&first.username).await.expect("read").expect("there");
     assert_eq!((kept.identity, kept.opaque_record), (first.identity, first.opaque_record));
     assert!(accounts.by_identity(&IdentityKey::new([2; 32])).await.expect("read").is_none());
-    assert!(accounts.by_username(&account("bob", 1, 1).username).await.expect("read").is_none());
+    assert!(
+        accounts.by_username(&new_account("bob", 1, 1).username).await.expect("read").is_none()
+    );
 }
 
 pub async fn a_repeated_registration_is_recognised(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let accounts = &bench.stores.accounts;
-    let new = account("alice", 1, 1);
+    let new = new_account("alice", 1, 1);
     let Ok(Registration::Registered(id)) = accounts.register(new.clone()).await else {
         panic!("alice is the first");
     };
@@ -78,9 +80,9 @@ pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
         for n in 0..16_u8 {
             let accounts = Arc::clone(accounts);
             let new = if same_name {
-                account("same", 100 + n, n)
+                new_account("same", 100 + n, n)
             } else {
-                account(&format!("n{n}"), 50, n)
+                new_account(&format!("n{n}"), 50, n)
             };
             attempts.spawn(async move { (n, accounts.register(new).await.expect("register")) });
         }
@@ -100,7 +102,7 @@ pub async fn of_concurrent_registrations_one_wins(factory: &dyn Factory) {
 
 pub async fn a_lookalike_of_a_taken_username_is_taken(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let first = account("paypal", 1, 1);
+    let first = new_account("paypal", 1, 1);
     let accounts = &bench.stores.accounts;
     let Ok(Registration::Registered(id)) = accounts.register(first.clone()).await else {
         panic!("paypal is the first");
@@ -108,11 +110,11 @@ pub async fn a_lookalike_of_a_taken_username_is_taken(factory: &dyn Factory) {
     for crashed in [false, true] {
         let accounts = &bench.stores.accounts;
         for (attempt, expected) in [
-            (account("paypa1", 2, 2), Registration::UsernameTaken),
-            (account("\u{440}\u{430}ypal", 2, 2), Registration::UsernameTaken),
+            (new_account("paypa1", 2, 2), Registration::UsernameTaken),
+            (new_account("\u{440}\u{430}ypal", 2, 2), Registration::UsernameTaken),
             // The username and the key are taken: the username is reported.
-            (account("paypa1", 1, 1), Registration::UsernameTaken),
-            (account("other", 1, 1), Registration::IdentityTaken),
+            (new_account("paypa1", 1, 1), Registration::UsernameTaken),
+            (new_account("other", 1, 1), Registration::IdentityTaken),
             (first.clone(), Registration::Repeated(id)),
         ] {
             let registered = accounts.register(attempt).await.expect("register");
@@ -132,7 +134,7 @@ pub async fn of_concurrent_lookalikes_one_wins(factory: &dyn Factory) {
         .collect();
     let mut attempts = JoinSet::new();
     for (n, name) in (1_u8..).zip(names) {
-        let (accounts, new) = (Arc::clone(accounts), account(&name, n, n));
+        let (accounts, new) = (Arc::clone(accounts), new_account(&name, n, n));
         attempts.spawn(async move { accounts.register(new).await.expect("register") });
     }
     let outcomes = attempts.join_all().await;
@@ -144,12 +146,12 @@ pub async fn of_concurrent_lookalikes_one_wins(factory: &dyn Factory) {
 
 pub async fn accounts_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.crash().await;
     let kept =
         bench.stores.accounts.by_identity(&alice.identity).await.expect("read").expect("there");
     assert_eq!(kept.id, alice.account);
     let repeated =
-        bench.stores.accounts.register(account("person1", 1, 1)).await.expect("register");
+        bench.stores.accounts.register(new_account("account1", 1, 1)).await.expect("register");
     assert_eq!(repeated, Registration::Repeated(alice.account));
 }

@@ -29,7 +29,7 @@ pub(super) struct Bench {
 
 /// A registered account.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Person {
+pub(super) struct RegisteredAccount {
     pub(super) account: AccountId,
     pub(super) identity: IdentityKey,
 }
@@ -54,31 +54,31 @@ impl Bench {
         self.stores = self.backend.stores();
     }
 
-    /// Registers the person with this number.
-    pub(super) async fn person(&self, n: u8) -> Person {
-        let account = account(&format!("person{n}"), n, n);
+    /// Registers the account with this number.
+    pub(super) async fn account(&self, n: u8) -> RegisteredAccount {
+        let account = new_account(&format!("account{n}"), n, n);
         let identity = account.identity;
         match self.stores.accounts.register(account).await.expect("register") {
-            Registration::Registered(account) => Person { account, identity },
-            other => panic!("person {n}: {other:?}"),
+            Registration::Registered(account) => RegisteredAccount { account, identity },
+            other => panic!("account {n}: {other:?}"),
         }
     }
 
-    /// Registers a device of the person, with a key of its own, by a session that does not exist.
-    pub(super) async fn device(&self, person: Person, n: u8) -> DeviceRegistration {
-        self.stores.devices.register(device(person, n)).await.expect("register")
+    /// Registers a device of the account, with a key of its own, by a session that does not exist.
+    pub(super) async fn device(&self, owner: RegisteredAccount, n: u8) -> DeviceRegistration {
+        self.stores.devices.register(device(owner, n)).await.expect("register")
     }
 
     /// Registers a device that uses the identity key.
-    pub(super) async fn device_without_key(&self, person: Person, n: u8) {
-        let device = NewDevice { key: None, ..device(person, n) };
+    pub(super) async fn device_without_key(&self, owner: RegisteredAccount, n: u8) {
+        let device = NewDevice { key: None, ..device(owner, n) };
         let registered = self.stores.devices.register(device).await.expect("register");
         assert_eq!(registered, DeviceRegistration::Registered);
     }
 
     /// Revokes a device, which must be registered.
-    pub(super) async fn revoke(&self, person: Person, n: u8) {
-        let revoked = self.stores.devices.revoke(person.account, device_id(n), NOW).await;
+    pub(super) async fn revoke(&self, owner: RegisteredAccount, n: u8) {
+        let revoked = self.stores.devices.revoke(owner.account, device_id(n), NOW).await;
         assert!(matches!(revoked, Ok(DeviceRevocation::Revoked { .. })), "{revoked:?}");
     }
 
@@ -120,7 +120,12 @@ impl Bench {
     }
 
     /// Delivers messages with these texts into the default channel.
-    pub(super) async fn deliver_all(&self, from: Person, to: Person, texts: &[&str]) {
+    pub(super) async fn deliver_all(
+        &self,
+        from: RegisteredAccount,
+        to: RegisteredAccount,
+        texts: &[&str],
+    ) {
         for text in texts {
             self.deliver(message(from, to, text)).await;
         }
@@ -164,7 +169,7 @@ impl Bench {
 }
 
 /// Creates an account from a name, a number for the key and a number for the record.
-pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
+pub(super) fn new_account(name: &str, key: u8, record: u8) -> NewAccount {
     NewAccount {
         username: Username::parse(name).expect("a username"),
         identity: IdentityKey::new([key; 32]),
@@ -174,7 +179,7 @@ pub(super) fn account(name: &str, key: u8, record: u8) -> NewAccount {
 }
 
 /// Creates a message for the default channel, without an id and with a lifetime of a day.
-pub(super) fn message(from: Person, to: Person, text: &str) -> NewMessage {
+pub(super) fn message(from: RegisteredAccount, to: RegisteredAccount, text: &str) -> NewMessage {
     let payload = bytes::Bytes::copy_from_slice(text.as_bytes());
     let mut payload_sha256 = [0; 32];
     payload_sha256.iter_mut().zip(text.bytes().rev()).for_each(|(to, from)| *to = from);
@@ -213,12 +218,12 @@ pub(super) fn channel(n: u8) -> ChannelId {
     if n == 0 { ChannelId::DEFAULT } else { ChannelId::new([n; 16]) }
 }
 
-pub(super) fn all(person: Person) -> ReadQuery {
-    ReadQuery { reader: Reader::single(person.identity), view: View::All }
+pub(super) fn all(owner: RegisteredAccount) -> ReadQuery {
+    ReadQuery { reader: Reader::single(owner.identity), view: View::All }
 }
 
-pub(super) fn only(person: Person, n: u8) -> ReadQuery {
-    ReadQuery { reader: Reader::single(person.identity), view: View::Channel(channel(n)) }
+pub(super) fn only(owner: RegisteredAccount, n: u8) -> ReadQuery {
+    ReadQuery { reader: Reader::single(owner.identity), view: View::Channel(channel(n)) }
 }
 
 /// Returns the id of the device with this number.
@@ -227,11 +232,11 @@ pub(super) fn device_id(n: u8) -> DeviceId {
 }
 
 /// Creates a device from a number. Devices of different accounts have different keys.
-pub(super) fn device(person: Person, n: u8) -> NewDevice {
+pub(super) fn device(owner: RegisteredAccount, n: u8) -> NewDevice {
     let mut key = [n; 32];
-    key[..2].copy_from_slice(&[person.identity.as_bytes()[0], 0xdd]);
+    key[..2].copy_from_slice(&[owner.identity.as_bytes()[0], 0xdd]);
     NewDevice {
-        account: person.account,
+        account: owner.account,
         device: device_id(n),
         name: format!("device {n}"),
         key: Some(CertifiedKey { key: DeviceKey::new(key), proof: [n; 64] }),
@@ -241,14 +246,14 @@ pub(super) fn device(person: Person, n: u8) -> NewDevice {
 }
 
 /// Returns the query of a device for all channels.
-pub(super) fn of_device(person: Person, n: u8) -> ReadQuery {
-    let reader = Reader { inbox: person.identity, device: Some(device_id(n)) };
+pub(super) fn of_device(owner: RegisteredAccount, n: u8) -> ReadQuery {
+    let reader = Reader { inbox: owner.identity, device: Some(device_id(n)) };
     ReadQuery { reader, view: View::All }
 }
 
 /// Returns the query of a device for one channel.
-pub(super) fn of_device_in(person: Person, n: u8, in_channel: u8) -> ReadQuery {
-    ReadQuery { view: View::Channel(channel(in_channel)), ..of_device(person, n) }
+pub(super) fn of_device_in(owner: RegisteredAccount, n: u8, in_channel: u8) -> ReadQuery {
+    ReadQuery { view: View::Channel(channel(in_channel)), ..of_device(owner, n) }
 }
 
 /// Returns a page of at most this number of messages.

@@ -15,7 +15,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 
 impl Bench {
     /// Creates a bench whose backend has the time [`NOW`].
-    async fn at_noon(factory: &dyn Factory) -> Self {
+    async fn with_clock_at_now(factory: &dyn Factory) -> Self {
         let bench = Self::new(factory).await;
         bench.backend.set_clock(NOW).await;
         bench
@@ -32,8 +32,8 @@ fn behind() -> UnixMillis {
 }
 
 pub async fn a_clock_that_is_ahead_destroys_nothing(factory: &dyn Factory) {
-    let bench = Bench::at_noon(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let bench = Bench::with_clock_at_now(factory).await;
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     bench.deliver_all(alice, bob, &["one", "two"]).await;
     let acked = bench.deliver(message(alice, bob, "acked").with_id(1)).await;
     bench.ack(all(bob), None, &[3]).await;
@@ -67,8 +67,8 @@ pub async fn a_clock_that_is_ahead_destroys_nothing(factory: &dyn Factory) {
 }
 
 pub async fn a_message_accepted_by_a_clock_that_is_behind_is_delivered(factory: &dyn Factory) {
-    let bench = Bench::at_noon(factory).await;
-    let alice = bench.person(1).await;
+    let bench = Bench::with_clock_at_now(factory).await;
+    let alice = bench.account(1).await;
     bench.deliver(message(alice, alice, "before").at(NOW)).await;
     for text in ["one", "two"] {
         bench.deliver(message(alice, alice, text).living(DAY).at(behind())).await;
@@ -80,8 +80,8 @@ pub async fn a_message_accepted_by_a_clock_that_is_behind_is_delivered(factory: 
 }
 
 pub async fn an_id_removed_by_a_clock_that_is_behind_is_remembered(factory: &dyn Factory) {
-    let bench = Bench::at_noon(factory).await;
-    let alice = bench.person(1).await;
+    let bench = Bench::with_clock_at_now(factory).await;
+    let alice = bench.account(1).await;
     let hello = message(alice, alice, "hello").with_id(1);
     let receipt = bench.deliver(hello.clone()).await;
     assert_eq!(bench.ack_at(all(alice), Some(1), &[], behind()).await, 1);

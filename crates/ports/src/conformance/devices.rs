@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, device, device_id},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount, device, device_id},
 };
 use crate::{
     CertifiedKey, Device, DeviceRegistration as Registered, DeviceRevocation, NewDevice,
@@ -19,14 +19,14 @@ impl Bench {
         self.stores.devices.register(device).await.expect("register")
     }
 
-    async fn devices(&self, person: Person) -> Vec<Device> {
-        self.stores.devices.list(person.account).await.expect("list")
+    async fn devices(&self, owner: RegisteredAccount) -> Vec<Device> {
+        self.stores.devices.list(owner.account).await.expect("list")
     }
 
-    async fn session(&self, person: Person, n: u8, device: Option<u8>) -> TokenHash {
+    async fn session(&self, owner: RegisteredAccount, n: u8, device: Option<u8>) -> TokenHash {
         let session = Session {
-            account: person.account,
-            identity: person.identity,
+            account: owner.account,
+            identity: owner.identity,
             device: device.map(device_id),
             authenticated_at: NOW,
             last_used_at: NOW,
@@ -49,7 +49,7 @@ impl Bench {
 
 pub async fn a_device_is_listed_as_it_was_registered(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     assert_eq!(bench.devices(alice).await, []);
     let later = NOW.plus(MINUTE);
     assert_eq!(bench.register(device(alice, 2)).await, Registered::Registered);
@@ -81,7 +81,7 @@ pub async fn a_device_is_listed_as_it_was_registered(factory: &dyn Factory) {
 
 pub async fn a_repeat_changes_nothing_but_the_name(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.register(device(alice, 1)).await;
     let before = bench.devices(alice).await;
     let repeat = NewDevice { now: NOW.plus(MINUTE), ..device(alice, 1) };
@@ -96,7 +96,7 @@ pub async fn a_repeat_changes_nothing_but_the_name(factory: &dyn Factory) {
 
 pub async fn another_key_of_a_registered_device_is_refused(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.register(device(alice, 1)).await;
     let other = CertifiedKey { key: DeviceKey::new([99; 32]), proof: [1; 64] };
     for key in [None, Some(other)] {
@@ -108,7 +108,7 @@ pub async fn another_key_of_a_registered_device_is_refused(factory: &dyn Factory
 
 pub async fn a_key_belongs_to_one_device_permanently(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     bench.register(device(alice, 1)).await;
     let key = device(alice, 1).key;
     let by_bob = NewDevice { key, ..device(bob, 1) };
@@ -125,7 +125,7 @@ pub async fn a_key_belongs_to_one_device_permanently(factory: &dyn Factory) {
 
 pub async fn an_identity_key_is_no_device_key(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     for identity in [alice.identity, bob.identity] {
         let key = DeviceKey::new(*identity.as_bytes());
         let key = Some(CertifiedKey { key, proof: [1; 64] });
@@ -136,7 +136,7 @@ pub async fn an_identity_key_is_no_device_key(factory: &dyn Factory) {
 
 pub async fn of_concurrent_registrations_as_many_as_fit_succeed(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let mut tasks = JoinSet::new();
     for n in 1..=2 * u8::try_from(MAX_DEVICES).expect("few") {
         let devices = Arc::clone(&bench.stores.devices);
@@ -161,7 +161,7 @@ pub async fn of_concurrent_registrations_as_many_as_fit_succeed(factory: &dyn Fa
 
 pub async fn a_registration_binds_a_session_without_a_device(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let free = bench.session(alice, 10, None).await;
     let bound = bench.session(alice, 11, Some(5)).await;
     let repeating = bench.session(alice, 12, None).await;
@@ -179,7 +179,7 @@ pub async fn a_registration_binds_a_session_without_a_device(factory: &dyn Facto
 
 pub async fn a_refused_registration_binds_no_session(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     bench.register(device(alice, 1)).await;
     let session = bench.session(bob, 10, None).await;
     let taken = NewDevice { key: device(alice, 1).key, session, ..device(bob, 1) };
@@ -189,10 +189,10 @@ pub async fn a_refused_registration_binds_no_session(factory: &dyn Factory) {
 
 pub async fn a_revocation_ends_the_sessions_of_its_device_alone(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
-    for person in [alice, bob] {
-        bench.register(device(person, 1)).await;
-        bench.register(device(person, 2)).await;
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
+    for account in [alice, bob] {
+        bench.register(device(account, 1)).await;
+        bench.register(device(account, 2)).await;
     }
     let first = bench.session(alice, 10, Some(1)).await;
     let second = bench.session(alice, 11, Some(1)).await;

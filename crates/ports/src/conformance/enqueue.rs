@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount, all, message, seqs, texts},
 };
 use crate::{Batch, Enqueued, NewMessage, Page, Receipt};
 
@@ -26,16 +26,20 @@ pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
     const TASKS: u64 = 16;
     const EACH: u64 = 25;
     let bench = Bench::new(factory).await;
-    let people = [bench.person(1).await, bench.person(2).await];
+    let accounts = [bench.account(1).await, bench.account(2).await];
     let mut tasks = JoinSet::new();
     for task in 0..TASKS {
         let inboxes = Arc::clone(&bench.stores.inboxes);
         tasks.spawn(async move {
             let mut seen = [vec![], vec![]];
             for n in 0..EACH {
-                for (to, seen) in people.iter().zip(&mut seen) {
+                for (to, seen) in accounts.iter().zip(&mut seen) {
                     let enqueued = inboxes
-                        .enqueue(Batch::new(vec![message(people[0], *to, &format!("{task}/{n}"))]))
+                        .enqueue(Batch::new(vec![message(
+                            accounts[0],
+                            *to,
+                            &format!("{task}/{n}"),
+                        )]))
                         .await
                         .expect("enqueue");
                     let Enqueued::Accepted(receipt) = enqueued[0] else { panic!("{enqueued:?}") };
@@ -54,14 +58,14 @@ pub async fn seqs_are_contiguous_under_concurrency(factory: &dyn Factory) {
     }
     let expected: BTreeSet<_> = (1..=TASKS * EACH).map(Seq).collect();
     assert_eq!(taken, [expected.clone(), expected]);
-    for person in people {
-        assert_eq!(seqs(&bench.peek(all(person)).await), (1..=TASKS * EACH).collect::<Vec<_>>());
+    for account in accounts {
+        assert_eq!(seqs(&bench.peek(all(account)).await), (1..=TASKS * EACH).collect::<Vec<_>>());
     }
 }
 
 pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let bodies: Vec<String> = (0..50).map(|n| format!("number {n}")).collect();
     let messages = bodies.iter().map(|body| message(alice, alice, body)).collect();
     let enqueued = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
@@ -77,8 +81,8 @@ pub async fn order_is_kept_within_a_call(factory: &dyn Factory) {
 
 pub async fn an_unknown_recipient_is_reported(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let alice = bench.account(1).await;
+    let nobody = RegisteredAccount { identity: IdentityKey::new([9; 32]), ..alice };
     assert_eq!(bench.send(message(alice, nobody, "hello")).await, Enqueued::NoSuchRecipient);
     assert_eq!(
         bench.send(message(alice, nobody, "hello").with_id(1)).await,
@@ -93,8 +97,8 @@ pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
         KeyPackageLimits::default(),
     )
     .await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
-    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
+    let nobody = RegisteredAccount { identity: IdentityKey::new([9; 32]), ..alice };
     let messages = vec![
         message(alice, bob, "one").with_id(1),
         message(alice, nobody, "lost"),
@@ -122,18 +126,20 @@ pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
 
 pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let people = [bench.person(1).await, bench.person(2).await, bench.person(3).await];
-    let [alice, bob, carol] = people;
-    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let accounts = [bench.account(1).await, bench.account(2).await, bench.account(3).await];
+    let [alice, bob, carol] = accounts;
+    let nobody = RegisteredAccount { identity: IdentityKey::new([9; 32]), ..alice };
     // A backend may store the large payload once for all its messages. The small one is too small
     // for that.
     let (large, small) = (message(alice, alice, &"x".repeat(40_000)), message(alice, alice, "s"));
-    let to =
-        |message: &NewMessage, to: Person| NewMessage { recipient: to.identity, ..message.clone() };
+    let to = |message: &NewMessage, to: RegisteredAccount| NewMessage {
+        recipient: to.identity,
+        ..message.clone()
+    };
     let mut messages = vec![message(alice, bob, "before")];
-    messages.extend([bob, nobody, carol, alice].map(|person| to(&large, person)));
-    messages.extend([carol, bob].map(|person| to(&small, person)));
-    messages.extend([carol, bob].map(|person| to(&large, person).with_id(1)));
+    messages.extend([bob, nobody, carol, alice].map(|account| to(&large, account)));
+    messages.extend([carol, bob].map(|account| to(&small, account)));
+    messages.extend([carol, bob].map(|account| to(&large, account).with_id(1)));
     messages.push(to(&large, bob).with_id(1));
     messages.push(message(alice, bob, "after"));
     let outcomes = bench.stores.inboxes.enqueue(Batch::new(messages)).await.expect("enqueue");
@@ -158,7 +164,7 @@ pub async fn messages_that_share_a_payload_are_stored_like_any_other(factory: &d
 pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
     let limits = DeliveryLimits { max_bytes: 100, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     let known = bench.deliver(message(alice, bob, "one").with_id(1)).await;
     let messages = vec![
         message(alice, bob, "two"),
@@ -184,7 +190,7 @@ pub async fn a_refusal_in_the_middle_leaves_no_gap(factory: &dyn Factory) {
 pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) {
     let limits = DeliveryLimits { max_messages: 3, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     for _ in 0..3 {
         assert_eq!(bench.send(message(alice, alice, "d")).await, Enqueued::QueueFull);
@@ -203,7 +209,7 @@ pub async fn an_inbox_is_full_by_count_and_drops_nothing(factory: &dyn Factory) 
 pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) {
     let limits = DeliveryLimits { max_bytes: 100, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let sized = |n: usize| message(alice, alice, &"x".repeat(n));
     assert_eq!(bench.send(sized(101)).await, Enqueued::QueueFull, "larger than the inbox");
     bench.deliver(sized(60)).await;
@@ -220,7 +226,7 @@ pub async fn an_inbox_is_full_by_bytes_and_drops_nothing(factory: &dyn Factory) 
 pub async fn expired_messages_make_room(factory: &dyn Factory) {
     let limits = DeliveryLimits { max_messages: 3, max_bytes: 30, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver(message(alice, alice, "stays")).await;
     bench.deliver(message(alice, alice, "goes").living(MINUTE)).await;
     bench.deliver(message(alice, alice, "goes too").living(2 * MINUTE)).await;
@@ -246,7 +252,7 @@ pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Facto
     const BETWEEN: usize = 8;
     let limits = DeliveryLimits { max_messages: u64::MAX, max_bytes: u64::MAX, ..unshared() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
-    let (greedy, friend) = (bench.person(1).await, bench.person(2).await);
+    let (greedy, friend) = (bench.account(1).await, bench.account(2).await);
     let batch = vec![message(greedy, greedy, &"x".repeat(4 << 10)); crate::CALL_MESSAGES];
     let stored = Arc::new(AtomicUsize::new(0));
     let mut tasks = JoinSet::new();
@@ -276,7 +282,7 @@ pub async fn large_batches_of_one_sender_do_not_block_others(factory: &dyn Facto
 
 pub async fn a_caller_that_goes_away_disturbs_no_other(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let mut accepted = 0;
     for n in 0..50 {
         let inboxes = Arc::clone(&bench.stores.inboxes);
@@ -302,7 +308,7 @@ pub async fn a_caller_that_goes_away_disturbs_no_other(factory: &dyn Factory) {
 
 pub async fn accepted_messages_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     for round in 0..3_u64 {
         let mut tasks = JoinSet::new();
         for n in 0..8 {

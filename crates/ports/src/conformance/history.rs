@@ -11,7 +11,7 @@ use crate::{Ack, NewKeyPackage, OldSessions, PackageOwner, Stock, Stores, Upload
 
 pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let id = bench.stores.maintenance.store_id();
     assert_eq!(bench.peek(all(alice)).await.store_id, id, "empty as it is");
     bench.deliver(message(alice, alice, "one")).await;
@@ -24,7 +24,7 @@ pub async fn every_page_has_the_id_and_a_crash_keeps_it(factory: &dyn Factory) {
 
 pub async fn another_history_has_another_id_permanently(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver(message(alice, alice, "one")).await;
     let first = bench.peek(all(alice)).await.store_id;
     let second =
@@ -46,7 +46,7 @@ pub async fn another_history_has_another_id_permanently(factory: &dyn Factory) {
 
 pub async fn a_lease_of_another_history_removes_nothing(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &["one", "two"]).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
     bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
@@ -59,7 +59,7 @@ pub async fn a_lease_of_another_history_removes_nothing(factory: &dyn Factory) {
 
 pub async fn an_ack_that_names_another_history_removes_nothing(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &["one", "two", "three"]).await;
     let first = bench.peek(all(alice)).await.store_id;
     let ack = |store_id| Ack { up_to: Some(Seq(1)), seqs: vec![Seq(3)], store_id: Some(store_id) };
@@ -95,7 +95,7 @@ async fn upload(stores: &Stores, owner: AccountId, n: u8, now: UnixMillis) -> Up
 /// Any one-time package may have been taken between the copy and its restoration.
 pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     let keys = &bench.stores.key_packages;
     for (owner, n) in [(alice, 1), (bob, 11)] {
         let packages = vec![package(n, false), package(n + 1, false), package(n + 2, true)];

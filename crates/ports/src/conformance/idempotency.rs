@@ -18,7 +18,7 @@ fn window() -> Duration {
 
 pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     bench.deliver(message(alice, bob, "before")).await;
     let receipt = bench.deliver(message(alice, bob, "hello").in_channel(1).with_id(1)).await;
     assert_eq!(receipt.enqueued_at, NOW);
@@ -41,7 +41,7 @@ pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory
 
 pub async fn a_repeat_within_one_call_is_one_too(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let twice = vec![message(alice, alice, "hello").with_id(1); 2];
     let outcomes = bench.stores.inboxes.enqueue(Batch::new(twice)).await.expect("enqueue");
     let [Enqueued::Accepted(first), Enqueued::Duplicate(second)] = outcomes[..] else {
@@ -53,7 +53,7 @@ pub async fn a_repeat_within_one_call_is_one_too(factory: &dyn Factory) {
 
 pub async fn of_concurrent_repeats_one_is_accepted(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for round in 1..=20_u8 {
         let mut tasks = JoinSet::new();
         for _ in 0..8 {
@@ -82,7 +82,8 @@ pub async fn of_concurrent_repeats_one_is_accepted(factory: &dyn Factory) {
 
 pub async fn an_id_counts_for_one_sender_and_recipient(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob, carol) = (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+    let (alice, bob, carol) =
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     bench.deliver(message(alice, bob, "a to b").with_id(1)).await;
     bench.deliver(message(carol, bob, "c to b").with_id(1)).await;
     bench.deliver(message(alice, carol, "a to c").with_id(1)).await;
@@ -109,7 +110,7 @@ async fn is_remembered(
 
 pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let hello = message(alice, alice, "hello").in_channel(3).with_id(1);
     let receipt = bench.deliver(hello.clone()).await;
     let acked = NOW.plus(60 * MINUTE);
@@ -119,7 +120,7 @@ pub async fn an_id_is_remembered_after_an_ack(factory: &dyn Factory) {
 
 pub async fn an_id_is_remembered_after_a_completion(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let hello = message(alice, alice, "hello").with_id(1);
     let receipt = bench.deliver(hello.clone()).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
@@ -131,13 +132,13 @@ pub async fn an_id_is_remembered_after_a_completion(factory: &dyn Factory) {
 /// The order of the completion and a sweep makes no difference.
 pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     let expired = NOW.plus(4 * MINUTE);
     let completed = expired.plus(5 * MINUTE);
-    for (person, swept) in [(alice, false), (bob, true)] {
-        let hello = message(person, person, "hello").with_id(1).living(4 * MINUTE);
+    for (account, swept) in [(alice, false), (bob, true)] {
+        let hello = message(account, account, "hello").with_id(1).living(4 * MINUTE);
         let receipt = bench.deliver(hello.clone()).await;
-        let lease = bench.lease(all(person), EVERYTHING).await;
+        let lease = bench.lease(all(account), EVERYTHING).await;
         if swept {
             while bench.stores.maintenance.sweep(completed).await.expect("sweep").rows > 0 {}
         }
@@ -148,7 +149,7 @@ pub async fn an_id_that_expires_under_a_lease_is_remembered_after_expiry(factory
 
 pub async fn an_id_is_remembered_after_expiry(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let hello = message(alice, alice, "hello").with_id(1).living(MINUTE);
     let receipt = bench.deliver(hello.clone()).await;
     let expired = NOW.plus(MINUTE);
@@ -163,7 +164,7 @@ pub async fn an_id_is_remembered_after_expiry(factory: &dyn Factory) {
 
 pub async fn a_forgotten_id_may_be_used_again(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let mut now = NOW;
     for round in 1..=4 {
         let receipt = bench.deliver(message(alice, alice, "hello").with_id(1).at(now)).await;
@@ -177,7 +178,7 @@ pub async fn a_forgotten_id_may_be_used_again(factory: &dyn Factory) {
 
 pub async fn ids_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let removed = bench.deliver(message(alice, alice, "removed").with_id(1)).await;
     bench.ack(all(alice), Some(1), &[]).await;
     let queued = bench.deliver(message(alice, alice, "queued").with_id(2)).await;

@@ -48,7 +48,7 @@ async fn claim_one(bench: &Bench, now: UnixMillis) -> Job {
 
 /// Ends the run of a claimed job as a worker that has the claim.
 async fn end(bench: &Bench, job: &Job, end: JobEnd, now: UnixMillis) {
-    assert_eq!(finish(bench, job.claim, end, now).await, ClaimState::Held);
+    assert_eq!(finish(bench, job.claim, end, now).await, ClaimState::Valid);
 }
 
 async fn finish(bench: &Bench, claim: Claim, end: JobEnd, now: UnixMillis) -> ClaimState {
@@ -107,7 +107,7 @@ pub async fn a_job_is_claimed_again_once_its_lease_has_ended(factory: &dyn Facto
     assert_eq!(finish(&bench, first.claim, JobEnd::Done, now).await, ClaimState::Lost);
     let renewed = bench.stores.jobs.renew(first.claim, MINUTE, now).await.expect("renew");
     assert_eq!(renewed, ClaimState::Lost);
-    assert_eq!(finish(&bench, second.claim, JobEnd::Done, now).await, ClaimState::Held);
+    assert_eq!(finish(&bench, second.claim, JobEnd::Done, now).await, ClaimState::Valid);
     assert!(claim(&bench, 1, now.plus(9 * MINUTE)).await.is_empty());
 }
 
@@ -117,7 +117,7 @@ pub async fn a_renewed_claim_lasts_longer(factory: &dyn Factory) {
     let claimed = claim(&bench, 1, NOW).await.remove(0);
     let half = NOW.plus(MINUTE / 2);
     let renewed = bench.stores.jobs.renew(claimed.claim, MINUTE, half).await.expect("renew");
-    assert_eq!(renewed, ClaimState::Held);
+    assert_eq!(renewed, ClaimState::Valid);
     assert!(claim(&bench, 1, NOW.plus(MINUTE)).await.is_empty());
     assert_eq!(claim(&bench, 1, half.plus(MINUTE)).await.len(), 1);
 }
@@ -134,7 +134,7 @@ pub async fn a_failed_job_is_due_at_its_retry_and_counts_its_attempts(factory: &
         );
         let at = now.plus(5 * MINUTE);
         let retry = JobEnd::RetryAfter { wait: 5 * MINUTE, error: "no route".into() };
-        assert_eq!(finish(&bench, claimed.claim, retry.clone(), now).await, ClaimState::Held);
+        assert_eq!(finish(&bench, claimed.claim, retry.clone(), now).await, ClaimState::Valid);
         assert_eq!(finish(&bench, claimed.claim, retry, now).await, ClaimState::Lost);
         assert!(claim(&bench, 1, UnixMillis(at.0 - 1)).await.is_empty());
         now = at;
@@ -317,7 +317,7 @@ pub async fn jobs_survive_a_crash(factory: &dyn Factory) {
     assert_eq!(HashSet::from_iter(payloads(&again)), HashSet::from(["waiting", "later"]));
     assert_eq!(finish(&bench, claimed.claim, JobEnd::Done, at).await, ClaimState::Lost);
     for job in again {
-        assert_eq!(finish(&bench, job.claim, JobEnd::Done, at).await, ClaimState::Held);
+        assert_eq!(finish(&bench, job.claim, JobEnd::Done, at).await, ClaimState::Valid);
     }
     bench.crash().await;
     assert!(claim(&bench, 9, at.plus(9 * MINUTE)).await.is_empty());
@@ -355,7 +355,7 @@ pub async fn a_caller_with_a_wrong_clock_takes_no_job_from_its_worker(factory: &
     for wrong in [NOW.plus(100 * DAY), NOW.minus(100 * DAY)] {
         assert!(claim(&bench, 1, wrong).await.is_empty());
         let renewed = bench.stores.jobs.renew(claimed.claim, MINUTE, wrong).await.expect("renew");
-        assert_eq!(renewed, ClaimState::Held);
+        assert_eq!(renewed, ClaimState::Valid);
     }
     end(&bench, &claimed, JobEnd::Done, NOW).await;
 }
@@ -400,7 +400,7 @@ pub async fn a_job_beyond_the_horizon_of_its_kind_is_due(factory: &dyn Factory) 
     // A lease that ends beyond the horizon counts as ended.
     for claimed in found {
         let forever = bench.stores.jobs.renew(claimed.claim, 2 * HORIZON, NOW).await;
-        assert_eq!(forever.expect("renew"), ClaimState::Held);
+        assert_eq!(forever.expect("renew"), ClaimState::Valid);
     }
     assert_eq!(claim(&bench, 9, NOW).await.len(), 3);
 }

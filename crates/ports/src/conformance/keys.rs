@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount},
 };
 use crate::{HybridKey, NewKeyPackage, PackageOwner, Stock, TakenKeyPackage, Upload, UploadMode};
 
@@ -32,8 +32,8 @@ fn last_resort(n: u8) -> NewKeyPackage {
 }
 
 /// Returns the owner of the packages of the account itself.
-fn own(person: Person) -> PackageOwner {
-    PackageOwner::account(person.account)
+fn own(owner: RegisteredAccount) -> PackageOwner {
+    PackageOwner::account(owner.account)
 }
 
 fn hybrid(key: u8, signature: Option<u8>) -> HybridKey {
@@ -45,12 +45,12 @@ fn stock(available: u32, has_last_resort: bool) -> Upload {
 }
 
 impl Bench {
-    async fn replace(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
+    async fn replace(&self, owner: RegisteredAccount, packages: Vec<NewKeyPackage>) -> Upload {
         let keys = &self.stores.key_packages;
         keys.upload(own(owner), packages, UploadMode::Replace, NOW).await.expect("upload")
     }
 
-    async fn upload(&self, owner: Person, packages: Vec<NewKeyPackage>) -> Upload {
+    async fn upload(&self, owner: RegisteredAccount, packages: Vec<NewKeyPackage>) -> Upload {
         self.stores
             .key_packages
             .upload(own(owner), packages, UploadMode::Add, NOW)
@@ -58,15 +58,15 @@ impl Bench {
             .expect("upload")
     }
 
-    async fn take(&self, target: Person) -> Option<TakenKeyPackage> {
+    async fn take(&self, target: RegisteredAccount) -> Option<TakenKeyPackage> {
         self.take_at(target, NOW).await
     }
 
-    async fn take_at(&self, target: Person, now: UnixMillis) -> Option<TakenKeyPackage> {
+    async fn take_at(&self, target: RegisteredAccount, now: UnixMillis) -> Option<TakenKeyPackage> {
         self.stores.key_packages.take(&target.identity, now).await.expect("take")
     }
 
-    async fn stock(&self, owner: Person) -> Upload {
+    async fn stock(&self, owner: RegisteredAccount) -> Upload {
         Upload::Stored(self.stores.key_packages.stock(own(owner), NOW).await.expect("stock"))
     }
 }
@@ -81,7 +81,7 @@ fn taken_last_resort(n: u8) -> Option<TakenKeyPackage> {
 
 pub async fn packages_are_taken_oldest_first_and_once(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     assert_eq!(bench.stock(alice).await, stock(0, false));
     assert_eq!(bench.upload(alice, vec![package(3), package(1)]).await, stock(2, false));
     assert_eq!(bench.upload(alice, vec![package(2)]).await, stock(3, false));
@@ -90,14 +90,14 @@ pub async fn packages_are_taken_oldest_first_and_once(factory: &dyn Factory) {
     }
     assert_eq!(bench.take(alice).await, None);
     assert_eq!(bench.stock(alice).await, stock(0, false));
-    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let nobody = RegisteredAccount { identity: IdentityKey::new([9; 32]), ..alice };
     assert_eq!(bench.take(nobody).await, None);
 }
 
 pub async fn concurrent_takes_never_share_a_package(factory: &dyn Factory) {
     const PACKAGES: u8 = 40;
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let packages = (1..=PACKAGES).map(package).chain([last_resort(200)]).collect();
     assert_eq!(bench.upload(alice, packages).await, stock(PACKAGES.into(), true));
     let mut tasks = JoinSet::new();
@@ -117,7 +117,7 @@ pub async fn concurrent_takes_never_share_a_package(factory: &dyn Factory) {
 
 pub async fn the_last_resort_stays_and_is_replaced_by_a_newer_one(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     assert_eq!(bench.upload(alice, vec![last_resort(1), package(2)]).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(2), "only when no other is left");
     for _ in 0..3 {
@@ -141,7 +141,7 @@ pub async fn the_last_resort_stays_and_is_replaced_by_a_newer_one(factory: &dyn 
 
 pub async fn a_package_that_is_there_may_be_uploaded_again(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), package(2)]).await;
     let again = vec![package(2), package(1), package(3), package(3), last_resort(1)];
     assert_eq!(bench.upload(alice, again).await, stock(3, false));
@@ -153,8 +153,8 @@ pub async fn a_package_that_is_there_may_be_uploaded_again(factory: &dyn Factory
 
 pub async fn stored_packages_are_known_to_their_owner(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
-    let known = async |owner: Person| {
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
+    let known = async |owner: RegisteredAccount| {
         let known = bench.stores.key_packages.known(owner.account).await.expect("known");
         known.into_iter().map(|fingerprint| fingerprint[0]).collect::<BTreeSet<_>>()
     };
@@ -168,7 +168,7 @@ pub async fn stored_packages_are_known_to_their_owner(factory: &dyn Factory) {
 
 pub async fn a_taken_package_cannot_be_uploaded_again(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::GivenOut(0));
@@ -189,7 +189,7 @@ pub async fn a_taken_package_cannot_be_uploaded_again(factory: &dyn Factory) {
 
 pub async fn an_upload_is_stored_whole_or_not_at_all(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), last_resort(2)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     let upload = vec![package(3), last_resort(4), package(1), package(5)];
@@ -201,7 +201,7 @@ pub async fn an_upload_is_stored_whole_or_not_at_all(factory: &dyn Factory) {
 pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
     let caps = KeyPackageLimits { max_count: 3, ..KeyPackageLimits::default() };
     let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     assert_eq!(bench.upload(alice, (1..=4).map(package).collect()).await, Upload::Full);
     assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
     assert_eq!(
@@ -228,7 +228,7 @@ pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
 
 pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let brief = |n| NewKeyPackage { not_after: NOW.plus(MINUTE), ..package(n) };
     let brief_last = NewKeyPackage { last_resort: true, ..brief(3) };
     bench.upload(alice, vec![brief(1), package(2), brief_last]).await;
@@ -242,7 +242,7 @@ pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
 
 pub async fn a_package_that_has_not_begun_is_neither_counted_nor_given_out(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let later = |package: NewKeyPackage| NewKeyPackage { not_before: NOW.plus(MINUTE), ..package };
     let packages = vec![later(package(1)), package(2), later(last_resort(3))];
     assert_eq!(bench.upload(alice, packages).await, stock(1, false));
@@ -258,7 +258,7 @@ pub async fn a_package_that_has_not_begun_is_neither_counted_nor_given_out(facto
 
 pub async fn a_replacement_removes_what_is_stored(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     bench.upload(bob, vec![package(1)]).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.replace(alice, vec![package(5), package(2)]).await, stock(2, false));
@@ -284,7 +284,7 @@ pub async fn a_replacement_removes_what_is_stored(factory: &dyn Factory) {
 pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory) {
     let caps = KeyPackageLimits { max_count: 3, ..KeyPackageLimits::default() };
     let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     assert_eq!(bench.replace(alice, vec![package(4), package(1)]).await, Upload::GivenOut(1));
@@ -300,7 +300,7 @@ pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory
 pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
     let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
     let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
     assert_eq!(bench.replace(alice, vec![package(3), package(4)]).await, stock(2, false));
     assert_eq!(bench.upload(alice, vec![package(5)]).await, Upload::Full);
@@ -310,7 +310,7 @@ pub async fn a_replacement_makes_room_for_itself(factory: &dyn Factory) {
 pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
     const ROUNDS: u8 = 20;
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let batch = |n: u8| (0..8).map(|i| package(1 + 8 * n + i)).collect::<Vec<_>>();
     bench.upload(alice, batch(0)).await;
     for n in 1..=ROUNDS {
@@ -333,7 +333,7 @@ pub async fn a_replaced_stock_never_runs_dry(factory: &dyn Factory) {
 pub async fn owners_do_not_share_anything(factory: &dyn Factory) {
     let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
     let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     assert_eq!(bench.upload(alice, vec![package(1), last_resort(2)]).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(1));
     assert_eq!(bench.upload(bob, vec![package(1), last_resort(2)]).await, stock(1, true));
@@ -343,7 +343,7 @@ pub async fn owners_do_not_share_anything(factory: &dyn Factory) {
 
 pub async fn taken_packages_stay_taken_after_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     bench.crash().await;
@@ -354,7 +354,8 @@ pub async fn taken_packages_stay_taken_after_a_crash(factory: &dyn Factory) {
 
 pub async fn hybrid_keys_are_returned_in_the_requested_order(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob, carol) = (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+    let (alice, bob, carol) =
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     let nobody = IdentityKey::new([9; 32]);
     let keys = Arc::clone(&bench.stores.hybrid_keys);
     keys.put(alice.account, hybrid(1, None)).await.expect("put");

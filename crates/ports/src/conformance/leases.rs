@@ -8,14 +8,14 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
+    bench::{Bench, EVERYTHING, NOW, RegisteredAccount, all, first, message, only, seqs},
 };
 use crate::{Batch, Inboxes};
 
 /// Registers an account with `n` messages in the default channel.
-async fn filled(factory: &dyn Factory, n: usize) -> (Bench, Person) {
+async fn filled(factory: &dyn Factory, n: usize) -> (Bench, RegisteredAccount) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in 1..=n {
         bench.deliver(message(alice, alice, &format!("m{n}"))).await;
     }
@@ -58,7 +58,7 @@ pub async fn a_completion_removes_only_the_messages_of_its_page(factory: &dyn Fa
 
 pub async fn a_view_stops_before_a_leased_message(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for (text, n) in [("1", 1), ("2", 2), ("3", 1), ("4", 2)] {
         bench.deliver(message(alice, alice, text).in_channel(n)).await;
     }

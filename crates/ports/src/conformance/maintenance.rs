@@ -4,7 +4,7 @@ use qpq_domain::{DeliveryLimits, KeyPackageLimits, TokenHash, UnixMillis};
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, all, message, seqs, texts},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount, all, message, seqs, texts},
 };
 use crate::{
     Batch, Enqueued, NewKeyPackage, NewSession, PackageOwner, Session, Upload, UploadMode,
@@ -31,13 +31,13 @@ pub(super) async fn sweep_all(bench: &Bench, now: UnixMillis) -> u64 {
 pub(super) async fn open(
     bench: &Bench,
     n: u8,
-    person: Person,
+    owner: RegisteredAccount,
     expires_at: UnixMillis,
 ) -> TokenHash {
     let token = TokenHash::new([n; 32]);
     let session = Session {
-        account: person.account,
-        identity: person.identity,
+        account: owner.account,
+        identity: owner.identity,
         device: None,
         authenticated_at: NOW,
         last_used_at: NOW,
@@ -61,7 +61,7 @@ pub(super) fn package(n: u8, not_after: UnixMillis) -> NewKeyPackage {
 pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Factory) {
     const MANY: usize = 600;
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let brief = vec![message(alice, alice, "brief").living(MINUTE); MANY];
     bench.stores.inboxes.enqueue(Batch::new(brief)).await.expect("enqueue");
     bench.deliver(message(alice, alice, "lasting")).await;
@@ -95,7 +95,7 @@ pub async fn a_sweep_removes_what_has_expired_and_nothing_else(factory: &dyn Fac
 
 pub async fn a_sweep_changes_no_answer(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let expiring = message(alice, alice, "expiring").with_id(1).living(MINUTE);
     let first = bench.deliver(expiring.clone()).await;
     let acked = bench.deliver(message(alice, alice, "acked").with_id(2)).await;
@@ -129,7 +129,7 @@ pub async fn an_inbox_full_of_expired_messages_accepts_new_ones(factory: &dyn Fa
     let delivery =
         DeliveryLimits { max_messages: MANY, sender_share: 1, ..DeliveryLimits::default() };
     let bench = Bench::with(factory, delivery, KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let mut brief = vec![message(alice, alice, "brief").living(MINUTE); 599];
     brief.push(message(alice, alice, "last").with_id(1).living(MINUTE));
     bench.stores.inboxes.enqueue(Batch::new(brief)).await.expect("enqueue");

@@ -1,26 +1,30 @@
 //! Rules of inboxes with devices: each device reads every message once, on a position of its own.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+mod absence;
+mod races;
+
+use std::time::Duration;
 
 use qpq_domain::{DeliveryLimits, KeyPackageLimits, Seq};
-use tokio::task::JoinSet;
 
 use super::{
     Factory,
     bench::{
-        Bench, EVERYTHING, MINUTE, NOW, Person, all, device_id, first, message, of_device,
-        of_device_in, only, seqs, texts,
+        Bench, EVERYTHING, MINUTE, NOW, RegisteredAccount, all, first, message, of_device,
+        of_device_in, only, texts,
     },
     maintenance::sweep_all,
 };
-use crate::{Ack, Batch, DeviceRegistration, Enqueued, ReadError, ReadQuery, Reader};
+use crate::{DeviceRegistration, Enqueued, ReadError, ReadQuery, Reader};
+
+pub use self::{absence::*, races::*};
 
 const NONE: [&str; 0] = [];
 
 /// Registers an account with devices, each of which reads the messages that are sent from now on.
-async fn with_devices(factory: &dyn Factory, devices: &[u8]) -> (Bench, Person) {
+async fn with_devices(factory: &dyn Factory, devices: &[u8]) -> (Bench, RegisteredAccount) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in devices {
         assert_eq!(bench.device(alice, *n).await, DeviceRegistration::Registered);
     }
@@ -34,7 +38,7 @@ fn small(max_messages: u64) -> DeliveryLimits {
 
 pub async fn the_first_device_inherits_and_a_later_one_starts_at_the_end(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &["a", "b"]).await;
     bench.ack(all(alice), Some(1), &[]).await;
     bench.device(alice, 1).await;
@@ -53,7 +57,7 @@ pub async fn the_first_device_inherits_and_a_later_one_starts_at_the_end(factory
 
 pub async fn only_registered_devices_read_an_inbox_with_devices(factory: &dyn Factory) {
     let (bench, alice) = with_devices(factory, &[1]).await;
-    let bob = bench.person(2).await;
+    let bob = bench.account(2).await;
     bench.deliver_all(bob, alice, &["a"]).await;
     let by_bob = ReadQuery {
         reader: Reader { inbox: bob.identity, ..of_device(alice, 1).reader },
@@ -89,7 +93,7 @@ pub async fn leases_and_acks_of_one_device_are_nothing_to_another(factory: &dyn 
 
 pub async fn a_message_goes_with_its_last_device_and_counts_once_until_then(factory: &dyn Factory) {
     let bench = Bench::with(factory, small(3), KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in [1, 2] {
         bench.device(alice, n).await;
     }
@@ -112,7 +116,7 @@ pub async fn a_message_goes_with_its_last_device_and_counts_once_until_then(fact
 
 pub async fn acks_out_of_order_are_remembered_for_each_device(factory: &dyn Factory) {
     let mut bench = Bench::with(factory, small(6), KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in [1, 2] {
         bench.device(alice, n).await;
     }
@@ -165,7 +169,7 @@ pub async fn an_ack_of_what_does_not_wait_for_its_device_changes_nothing(factory
 
 pub async fn a_page_of_the_single_reader_is_void_after_a_registration(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &["a", "b"]).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
     bench.device(alice, 1).await;
@@ -250,236 +254,6 @@ pub async fn a_message_wakes_every_device(factory: &dyn Factory) {
     for n in [1, 2] {
         assert_eq!(bench.drain(of_device(alice, n)).await, ["a"]);
     }
-}
-
-/// At whatever time a device is registered, it receives all messages after some message, without a
-/// gap.
-pub async fn a_device_registered_during_sends_misses_nothing_afterwards(factory: &dyn Factory) {
-    const MESSAGES: usize = 60;
-    let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    let sending = {
-        let inboxes = Arc::clone(&bench.stores.inboxes);
-        tokio::spawn(async move {
-            for n in 0..MESSAGES {
-                let batch = Batch::new(vec![message(alice, alice, &n.to_string())]);
-                let outcomes = inboxes.enqueue(batch).await.expect("enqueue");
-                assert!(matches!(outcomes[..], [Enqueued::Accepted(_)]));
-            }
-        })
-    };
-    for n in 1..=5 {
-        bench.device(alice, n).await;
-        tokio::task::yield_now().await;
-    }
-    sending.await.expect("no panic");
-    let expected: Vec<u64> = (1..=MESSAGES as u64).collect();
-    for n in 1..=5 {
-        let got = seqs(bench.lease(of_device(alice, n), EVERYTHING).await.page());
-        assert!(expected.ends_with(&got), "device {n}: {got:?}");
-        assert!(n > 1 || got == expected, "the first device inherits: {got:?}");
-    }
-}
-
-pub async fn two_devices_that_ack_the_same_messages_concurrently_remove_them_once(
-    factory: &dyn Factory,
-) {
-    for round in 0..10 {
-        let bench = Bench::with(factory, small(4), KeyPackageLimits::default()).await;
-        let alice = bench.person(1).await;
-        for n in [1, 2] {
-            bench.device(alice, n).await;
-        }
-        bench.deliver_all(alice, alice, &["a", "b", "c", "d"]).await;
-        let mut tasks = JoinSet::new();
-        for n in [1, 2] {
-            let inboxes = Arc::clone(&bench.stores.inboxes);
-            tasks.spawn(async move {
-                let ack = Ack { up_to: Some(Seq(4)), ..Ack::default() };
-                inboxes.ack(of_device(alice, n), ack, NOW).await.expect("ack")
-            });
-        }
-        assert_eq!(tasks.join_all().await, [4, 4], "round {round}");
-        bench.deliver_all(alice, alice, &["e", "f", "g", "h"]).await;
-        assert_eq!(bench.send(message(alice, alice, "i")).await, Enqueued::QueueFull);
-        for n in [1, 2] {
-            assert_eq!(bench.drain(of_device(alice, n)).await, ["e", "f", "g", "h"]);
-        }
-    }
-}
-
-pub async fn a_revocation_of_the_last_device_during_sends_loses_nothing(factory: &dyn Factory) {
-    const MESSAGES: usize = 40;
-    let (bench, alice) = with_devices(factory, &[1]).await;
-    let sending = {
-        let inboxes = Arc::clone(&bench.stores.inboxes);
-        tokio::spawn(async move {
-            for n in 0..MESSAGES {
-                let batch = Batch::new(vec![message(alice, alice, &n.to_string())]);
-                inboxes.enqueue(batch).await.expect("enqueue");
-            }
-        })
-    };
-    let mut acked = Vec::new();
-    let mut device = 1;
-    for _ in 0..6 {
-        let page = bench.lease(of_device(alice, device), first(3)).await;
-        acked.extend(seqs(page.page()));
-        page.complete(NOW).await.expect("complete");
-        bench.revoke(alice, device).await;
-        device += 1;
-        bench.device(alice, device).await;
-    }
-    sending.await.expect("no panic");
-    acked.extend(seqs(bench.lease(of_device(alice, device), EVERYTHING).await.page()));
-    assert_eq!(acked, (1..=MESSAGES as u64).collect::<Vec<_>>(), "each once and in order");
-}
-
-/// Devices lease, complete, release, peek and ack concurrently. Each receives each message once, in
-/// order.
-pub async fn concurrent_devices_get_each_message_once_and_in_order(factory: &dyn Factory) {
-    const MESSAGES: u64 = 60;
-    let (bench, alice) = with_devices(factory, &[1, 2, 3]).await;
-    let mut tasks = JoinSet::new();
-    for n in [1, 2, 3] {
-        let inboxes = Arc::clone(&bench.stores.inboxes);
-        tasks.spawn(async move {
-            let (read, mut got) = (of_device(alice, n), Vec::new());
-            for turn in 0_u32.. {
-                if got.len() as u64 == MESSAGES {
-                    break;
-                }
-                match (turn + u32::from(n)) % 3 {
-                    0 => drop(inboxes.lease(read, first(2), NOW).await.expect("lease")),
-                    1 => {
-                        let lease = inboxes.lease(read, first(5), NOW).await.expect("lease");
-                        got.extend(seqs(lease.page()));
-                        lease.complete(NOW).await.expect("complete");
-                    }
-                    _ => {
-                        let page = inboxes.peek(read, Seq::ZERO, first(4), NOW).await;
-                        let peeked = seqs(&page.expect("peek"));
-                        let named = peeked.iter().copied().map(Seq).collect();
-                        let ack = Ack { seqs: named, ..Ack::default() };
-                        let acked = inboxes.ack(read, ack, NOW).await.expect("ack");
-                        assert_eq!(acked as usize, peeked.len());
-                        got.extend(peeked);
-                    }
-                }
-            }
-            (n, got)
-        });
-    }
-    for n in 0..MESSAGES {
-        bench.deliver(message(alice, alice, &n.to_string())).await;
-    }
-    let of_each: BTreeMap<_, _> = tasks.join_all().await.into_iter().collect();
-    for (n, got) in of_each {
-        assert_eq!(got, (1..=MESSAGES).collect::<Vec<_>>(), "device {n}");
-    }
-}
-
-/// Returns an instant at which a device that was last seen at [`NOW`] has been absent too long.
-fn long_after() -> qpq_domain::UnixMillis {
-    NOW.plus(DeliveryLimits::default().device_absence).plus(MINUTE)
-}
-
-pub async fn an_absent_device_that_holds_back_half_of_the_inbox_loses_its_position(
-    factory: &dyn Factory,
-) {
-    let month = Duration::from_secs(40 * 24 * 60 * 60);
-    let mut bench = Bench::with(factory, small(6), KeyPackageLimits::default()).await;
-    let alice = bench.person(1).await;
-    for n in [1, 2] {
-        bench.device(alice, n).await;
-    }
-    for text in ["a", "b", "c", "d"] {
-        bench
-            .deliver(message(alice, alice, text).living(2 * month).with_id(text.as_bytes()[0]))
-            .await;
-    }
-    let later = long_after();
-    bench.backend.set_clock(later).await;
-    // Device 1 reads at this time. Device 2 has never read.
-    let lease = bench.stores.inboxes.lease(of_device(alice, 1), EVERYTHING, later).await;
-    let lease = lease.expect("lease");
-    assert_eq!(texts(lease.page()), ["a", "b", "c", "d"]);
-    lease.complete(later).await.expect("complete");
-    let mut moved = Vec::new();
-    loop {
-        let swept = bench.stores.maintenance.sweep(later).await.expect("sweep");
-        moved.extend(swept.moved);
-        if swept.rows == 0 {
-            break;
-        }
-    }
-    assert_eq!(moved, [alice.identity]);
-    bench.crash().await;
-    for n in 0..6 {
-        let text = format!("new {n}");
-        bench.deliver(message(alice, alice, &text).at(later)).await;
-    }
-    let again = message(alice, alice, "a").with_id(b'a').at(later);
-    assert!(matches!(bench.send(again).await, Enqueued::Duplicate(_)), "its id is remembered");
-    let two = of_device(alice, 2);
-    for _ in 0..2 {
-        for refused in bench.refused(two, later).await {
-            assert!(matches!(refused, Some(ReadError::PositionLost)), "{refused:?}");
-        }
-    }
-    let devices = &bench.stores.devices;
-    for n in [2, 1, 3] {
-        devices.confirm_position(alice.account, device_id(n)).await.expect("confirm");
-    }
-    let page = bench.peek_at(two, later).await;
-    assert_eq!(seqs(&page), [5, 6, 7, 8, 9, 10], "everything since is there");
-    assert_eq!(seqs(&bench.peek_at(of_device(alice, 1), later).await), [5, 6, 7, 8, 9, 10]);
-}
-
-pub async fn a_device_keeps_its_position_while_it_reads_or_holds_back_little(
-    factory: &dyn Factory,
-) {
-    let month = Duration::from_secs(40 * 24 * 60 * 60);
-    let bench = Bench::with(factory, small(6), KeyPackageLimits::default()).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
-    bench.device(alice, 1).await;
-    bench.device(bob, 1).await;
-    for n in 0..4 {
-        bench.deliver(message(bob, alice, &format!("m{n}")).living(2 * month)).await;
-    }
-    for n in 0..3 {
-        bench.deliver(message(alice, bob, &format!("m{n}")).living(2 * month)).await;
-    }
-    // The messages for alice's device fill more than half of her inbox, but the device read a day
-    // ago. The messages for bob's device fill half of his inbox and no more.
-    let day = Duration::from_secs(24 * 60 * 60);
-    let seen = long_after().minus(day);
-    bench.backend.set_clock(seen).await;
-    assert_eq!(bench.peek_at(of_device(alice, 1), seen).await.envelopes.len(), 4);
-    let later = long_after();
-    bench.backend.set_clock(later).await;
-    let swept = bench.stores.maintenance.sweep(later).await.expect("sweep");
-    assert_eq!(swept.moved, []);
-    assert_eq!(bench.peek_at(of_device(alice, 1), later).await.envelopes.len(), 4);
-    assert_eq!(bench.peek_at(of_device(bob, 1), later).await.envelopes.len(), 3);
-    let devices = bench.stores.devices.list(alice.account).await.expect("list");
-    assert_eq!(devices[0].last_seen_at, later);
-}
-
-pub async fn a_clock_that_is_ahead_moves_no_device(factory: &dyn Factory) {
-    let month = Duration::from_secs(40 * 24 * 60 * 60);
-    let bench = Bench::with(factory, small(6), KeyPackageLimits::default()).await;
-    bench.backend.set_clock(NOW).await;
-    let alice = bench.person(1).await;
-    for n in [1, 2] {
-        bench.device(alice, n).await;
-    }
-    for n in 0..4 {
-        bench.deliver(message(alice, alice, &format!("m{n}")).living(2 * month)).await;
-    }
-    let swept = bench.stores.maintenance.sweep(long_after()).await.expect("sweep");
-    assert_eq!(swept.moved, []);
-    assert_eq!(bench.peek(of_device(alice, 2)).await.envelopes.len(), 4);
 }
 
 pub async fn one_channel_of_a_device_is_read_like_that_of_the_single_reader(factory: &dyn Factory) {

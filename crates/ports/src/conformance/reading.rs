@@ -4,15 +4,17 @@ use qpq_domain::{DeviceId, IdentityKey, Seq};
 
 use super::{
     Factory,
-    bench::{Bench, EVERYTHING, MINUTE, NOW, Person, all, first, message, only, seqs, texts},
+    bench::{
+        Bench, EVERYTHING, MINUTE, NOW, RegisteredAccount, all, first, message, only, seqs, texts,
+    },
 };
 use crate::{PageLimit, ReadQuery, Reader};
 
 /// Registers an account with five messages, the odd ones in the default channel and the even ones
 /// in channel 1.
-async fn mixed(factory: &dyn Factory) -> (Bench, Person) {
+async fn mixed(factory: &dyn Factory) -> (Bench, RegisteredAccount) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in 1..=5_u8 {
         let text = format!("m{n}");
         bench.deliver(message(alice, alice, &text).in_channel((n + 1) % 2)).await;
@@ -22,7 +24,7 @@ async fn mixed(factory: &dyn Factory) -> (Bench, Person) {
 
 pub async fn a_view_sees_one_channel_or_all(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
-    let bob = bench.person(2).await;
+    let bob = bench.account(2).await;
     bench.deliver(message(alice, bob, "for bob")).await;
     assert_eq!(seqs(&bench.peek(all(alice)).await), [1, 2, 3, 4, 5]);
     assert_eq!(texts(&bench.peek(only(alice, 0)).await), ["m1", "m3", "m5"]);
@@ -40,7 +42,7 @@ pub async fn a_view_sees_one_channel_or_all(factory: &dyn Factory) {
 
 pub async fn an_expired_message_is_never_shown(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for (text, minutes) in [("two", 2), ("one", 1), ("three", 3)] {
         bench.deliver(message(alice, alice, text).living(minutes * MINUTE)).await;
     }
@@ -65,7 +67,7 @@ pub async fn an_expired_message_is_never_shown(factory: &dyn Factory) {
 
 pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in 0..6 {
         bench.deliver(message(alice, alice, &"x".repeat(100 + n))).await;
     }
@@ -92,7 +94,7 @@ pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
 
 pub async fn the_first_message_comes_whatever_its_size(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &[&"x".repeat(300_000), "small"]).await;
     let limit = PageLimit { messages: 10, bytes: 100 };
     let lease = bench.lease(all(alice), limit).await;
@@ -136,7 +138,7 @@ pub async fn an_ack_removes_up_to_a_seq_of_its_view(factory: &dyn Factory) {
 
 pub async fn an_ack_removes_single_seqs_of_its_view(factory: &dyn Factory) {
     let (bench, alice) = mixed(factory).await;
-    let bob = bench.person(2).await;
+    let bob = bench.account(2).await;
     bench.deliver(message(alice, bob, "for bob")).await;
     assert_eq!(
         bench.ack(only(alice, 1), None, &[1, 2, 3]).await,
@@ -161,8 +163,8 @@ pub async fn an_ack_of_nothing_removes_nothing(factory: &dyn Factory) {
 
 pub async fn a_missing_inbox_is_empty(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
-    let nobody = Person { identity: IdentityKey::new([9; 32]), ..alice };
+    let alice = bench.account(1).await;
+    let nobody = RegisteredAccount { identity: IdentityKey::new([9; 32]), ..alice };
     assert_eq!(bench.peek(all(nobody)).await, bench.nothing());
     let lease = bench.lease(all(nobody), EVERYTHING).await;
     assert_eq!(lease.page(), &bench.nothing());

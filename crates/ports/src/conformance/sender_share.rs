@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person, all, message, texts},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount, all, message, texts},
 };
 use crate::{Batch, Enqueued, NewMessage};
 
@@ -21,8 +21,8 @@ async fn of_sixteen(factory: &dyn Factory) -> Bench {
 /// Sends messages with these numbers as ids and texts; returns the outcomes.
 async fn send_numbered(
     bench: &Bench,
-    from: Person,
-    to: Person,
+    from: RegisteredAccount,
+    to: RegisteredAccount,
     numbers: impl IntoIterator<Item = u8>,
 ) -> Vec<Enqueued> {
     let mut outcomes = Vec::new();
@@ -42,12 +42,12 @@ pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_messages(
     for with_ids in [true, false] {
         let bench = of_sixteen(factory).await;
         let [bob, stranger, friend, other] = [
-            bench.person(1).await,
-            bench.person(2).await,
-            bench.person(3).await,
-            bench.person(4).await,
+            bench.account(1).await,
+            bench.account(2).await,
+            bench.account(3).await,
+            bench.account(4).await,
         ];
-        let send = |from: Person, n: u8| {
+        let send = |from: RegisteredAccount, n: u8| {
             let plain: NewMessage = message(from, bob, &format!("{n}"));
             if with_ids { plain.with_id(n) } else { plain }
         };
@@ -74,7 +74,7 @@ pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_bytes(fact
     let limits = DeliveryLimits { max_bytes: 800, ..DeliveryLimits::default() };
     let bench = Bench::with(factory, limits, KeyPackageLimits::default()).await;
     let (bob, stranger, friend) =
-        (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     let sized = |from, n: usize| message(from, bob, &"x".repeat(n));
     bench.deliver(sized(stranger, 400)).await;
     bench.deliver(sized(stranger, 1)).await;
@@ -91,7 +91,7 @@ pub async fn beyond_the_half_a_sender_holds_no_more_than_its_share_of_bytes(fact
 pub async fn one_call_is_held_to_the_share_as_many_are(factory: &dyn Factory) {
     let bench = of_sixteen(factory).await;
     let (bob, stranger, friend) =
-        (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     let mut messages: Vec<_> =
         (0..12).map(|n| message(stranger, bob, &format!("stranger {n}"))).collect();
     messages.extend((0..2).map(|n| message(friend, bob, &format!("friend {n}")).with_id(n)));
@@ -114,7 +114,7 @@ pub async fn a_share_is_exact_under_concurrency(factory: &dyn Factory) {
     for round in 0..4_u8 {
         let bench = of_sixteen(factory).await;
         let (bob, stranger, friend) =
-            (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+            (bench.account(1).await, bench.account(2).await, bench.account(3).await);
         for (from, expected) in [(stranger, 9), (friend, 2)] {
             let mut tasks = JoinSet::new();
             for task in 0..TASKS {
@@ -139,7 +139,7 @@ pub async fn a_share_is_exact_under_concurrency(factory: &dyn Factory) {
 
 pub async fn a_repeat_is_answered_whatever_the_sender_holds(factory: &dyn Factory) {
     let bench = of_sixteen(factory).await;
-    let (bob, stranger) = (bench.person(1).await, bench.person(2).await);
+    let (bob, stranger) = (bench.account(1).await, bench.account(2).await);
     let first = send_numbered(&bench, stranger, bob, 0..12).await;
     assert_eq!(accepted(&first), 9);
     let again = send_numbered(&bench, stranger, bob, 0..12).await;
@@ -154,7 +154,7 @@ pub async fn a_repeat_is_answered_whatever_the_sender_holds(factory: &dyn Factor
 pub async fn expired_messages_count_in_no_share(factory: &dyn Factory) {
     let bench = of_sixteen(factory).await;
     let (bob, stranger, friend) =
-        (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     for n in 0..7 {
         bench.deliver(message(stranger, bob, &format!("stays {n}"))).await;
     }
@@ -177,7 +177,7 @@ pub async fn expired_messages_count_in_no_share(factory: &dyn Factory) {
 pub async fn removed_messages_return_their_share(factory: &dyn Factory) {
     let mut bench = of_sixteen(factory).await;
     let (bob, stranger, friend) =
-        (bench.person(1).await, bench.person(2).await, bench.person(3).await);
+        (bench.account(1).await, bench.account(2).await, bench.account(3).await);
     send_numbered(&bench, stranger, bob, 0..9).await;
     assert_eq!(accepted(&send_numbered(&bench, friend, bob, 20..23).await), 2);
     // The messages 10 and 11 are from the friend.

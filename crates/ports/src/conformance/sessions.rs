@@ -6,7 +6,7 @@ use qpq_domain::{DeviceId, TokenHash};
 
 use super::{
     Factory,
-    bench::{Bench, MINUTE, NOW, Person},
+    bench::{Bench, MINUTE, NOW, RegisteredAccount},
 };
 use crate::{NewSession, OldSessions, Session};
 
@@ -14,10 +14,10 @@ fn token(n: u8) -> TokenHash {
     TokenHash::new([n; 32])
 }
 
-fn session(person: Person, device: Option<u8>) -> Session {
+fn session(owner: RegisteredAccount, device: Option<u8>) -> Session {
     Session {
-        account: person.account,
-        identity: person.identity,
+        account: owner.account,
+        identity: owner.identity,
         device: device.map(|n| DeviceId::new([n; 16])),
         authenticated_at: NOW,
         last_used_at: NOW,
@@ -25,8 +25,8 @@ fn session(person: Person, device: Option<u8>) -> Session {
     }
 }
 
-async fn open(bench: &Bench, n: u8, person: Person) -> Session {
-    let session = session(person, Some(n));
+async fn open(bench: &Bench, n: u8, owner: RegisteredAccount) -> Session {
+    let session = session(owner, Some(n));
     let new = NewSession { token: token(n), session: session.clone() };
     bench.stores.sessions.create(new).await.expect("create");
     session
@@ -34,7 +34,7 @@ async fn open(bench: &Bench, n: u8, person: Person) -> Session {
 
 pub async fn a_session_is_found_until_it_is_revoked(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let sessions = &bench.stores.sessions;
     assert_eq!(sessions.find(&token(1)).await.expect("find"), None);
     let bound = open(&bench, 1, alice).await;
@@ -54,7 +54,7 @@ pub async fn a_session_is_found_until_it_is_revoked(factory: &dyn Factory) {
 
 pub async fn a_touch_moves_the_expiry(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let opened = open(&bench, 1, alice).await;
     bench.stores.sessions.find(&token(1)).await.expect("find");
     let (used, expires) = (NOW.plus(MINUTE), NOW.plus(90 * MINUTE));
@@ -74,7 +74,7 @@ pub async fn a_touch_moves_the_expiry(factory: &dyn Factory) {
 
 pub async fn revoking_all_spares_other_accounts(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     for n in 1..=3 {
         open(&bench, n, alice).await;
         bench.stores.sessions.find(&token(n)).await.expect("find");
@@ -91,7 +91,7 @@ pub async fn revoking_all_spares_other_accounts(factory: &dyn Factory) {
 /// Lookups race with the revocation, and none of them may leave the session in a cache.
 pub async fn a_revoked_session_never_comes_back(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in 0..100_u8 {
         open(&bench, n, alice).await;
         let finders: Vec<_> = (0..4)
@@ -111,7 +111,7 @@ pub async fn a_revoked_session_never_comes_back(factory: &dyn Factory) {
 
 pub async fn sessions_survive_a_crash(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let kept = open(&bench, 1, alice).await;
     open(&bench, 2, alice).await;
     bench.stores.sessions.revoke(&token(2)).await.expect("revoke");
@@ -122,7 +122,7 @@ pub async fn sessions_survive_a_crash(factory: &dyn Factory) {
 
 pub async fn a_new_history_ends_all_sessions_or_keeps_them(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     let (first, second) = (open(&bench, 1, alice).await, open(&bench, 2, bob).await);
     let begun = bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
     assert_eq!(begun.ended_sessions, 0);

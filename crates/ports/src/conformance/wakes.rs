@@ -8,7 +8,7 @@ use tokio::{sync::Barrier, time::timeout};
 
 use super::{
     Factory,
-    bench::{Bench, EVERYTHING, NOW, Person, all, first, message, only, seqs},
+    bench::{Bench, EVERYTHING, NOW, RegisteredAccount, all, first, message, only, seqs},
 };
 use crate::{Stores, Wake};
 
@@ -22,7 +22,7 @@ async fn woken(wake: &mut Box<dyn Wake>, by: &str) {
 
 pub async fn every_change_that_shows_more_wakes(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let (mut one, mut two) =
         (bench.stores.wakes.subscribe(&all(alice)), bench.stores.wakes.subscribe(&all(alice)));
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
@@ -49,7 +49,7 @@ pub async fn every_change_that_shows_more_wakes(factory: &dyn Factory) {
 
 pub async fn a_message_wakes_the_readers_of_its_channel(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let subscribe = |n| bench.stores.wakes.subscribe(&only(alice, n));
     let mut channels = [subscribe(0), subscribe(1), subscribe(2)];
     let mut every = bench.stores.wakes.subscribe(&all(alice));
@@ -72,7 +72,7 @@ pub async fn a_message_wakes_the_readers_of_its_channel(factory: &dyn Factory) {
 
 pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     let mut wake = bench.stores.wakes.subscribe(&all(alice));
     // Polled once and dropped, as the losing branch of a select is.
     let _ = wake.woken().now_or_never();
@@ -89,10 +89,10 @@ pub async fn a_wait_that_is_dropped_loses_nothing(factory: &dyn Factory) {
 }
 
 /// Waits for a message as FetchWait does, and removes it.
-async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
-    let mut wake = stores.wakes.subscribe(&all(person));
+async fn fetch(stores: &Stores, owner: RegisteredAccount) -> Vec<u64> {
+    let mut wake = stores.wakes.subscribe(&all(owner));
     loop {
-        let lease = stores.inboxes.lease(all(person), EVERYTHING, NOW).await.expect("lease");
+        let lease = stores.inboxes.lease(all(owner), EVERYTHING, NOW).await.expect("lease");
         if !lease.page().envelopes.is_empty() {
             let seqs = seqs(lease.page());
             lease.complete(NOW).await.expect("complete");
@@ -105,7 +105,7 @@ async fn fetch(stores: &Stores, person: Person) -> Vec<u64> {
 
 pub async fn no_wake_is_lost_in_a_race_with_enqueue(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for round in 1..=300 {
         let barrier = Arc::new(Barrier::new(2));
         let (stores, start) = (bench.stores.clone(), Arc::clone(&barrier));
@@ -121,7 +121,7 @@ pub async fn no_wake_is_lost_in_a_race_with_enqueue(factory: &dyn Factory) {
 
 pub async fn no_wake_is_lost_in_a_race_with_release(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for round in 1..=200 {
         bench.deliver(message(alice, alice, "hello")).await;
         let lease = bench.lease(all(alice), EVERYTHING).await;

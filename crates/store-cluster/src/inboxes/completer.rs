@@ -14,7 +14,7 @@ use qpq_ports::{
 };
 
 use super::{
-    done::{Done, DonePage, FinishPages},
+    done::{CompletePages, DeviceCompletion, DevicePage},
     remove::RemovePages,
 };
 use crate::{
@@ -107,7 +107,7 @@ impl Completer {
     async fn remove(&self, store_id: StoreId, of_devices: bool, batch: Vec<Call>) {
         metrics::histogram!(names::COMPLETION_BATCH).record(batch.len() as f64);
         let removed = if of_devices {
-            self.finish_pages(store_id, &batch).await
+            self.complete_device_pages(store_id, &batch).await
         } else {
             self.remove_pages(store_id, &batch).await
         };
@@ -142,24 +142,25 @@ impl Completer {
         Ok(removed.map(|removed| removed.into_iter().map(of_single).collect()))
     }
 
-    async fn finish_pages(
+    async fn complete_device_pages(
         &self,
         store_id: StoreId,
         batch: &[Call],
     ) -> Result<Removals, PostgresError> {
         let page = |call: &Call| {
             let CompletedPage { inbox, registration, seqs, .. } = &call.item;
-            Some(DonePage { inbox: *inbox, registration: (*registration)?, seqs: seqs.clone() })
+            Some(DevicePage { inbox: *inbox, registration: (*registration)?, seqs: seqs.clone() })
         };
-        let finish = FinishPages {
+        let complete = CompletePages {
             store_id,
             pages: batch.iter().filter_map(page).collect(),
             now: latest(batch),
             recent_ids: self.recent_ids,
         };
-        let done = self.database.run(&finish).await?;
+        let done = self.database.run(&complete).await?;
         Ok(done.map(|done| {
-            let removal = |done: Done| ((done.inbox, Some(done.registration)), done.number);
+            let removal =
+                |done: DeviceCompletion| ((done.inbox, Some(done.registration)), done.number);
             done.into_iter().map(removal).collect()
         }))
     }

@@ -1,9 +1,9 @@
-//! Records which messages each device has finished: completed pages and acks of inboxes with
+//! Records which messages each device has completed: completed pages and acks of inboxes with
 //! devices.
 //!
 //! A message waits for a device if its seq is above the device's `upto` and `device_done` has no
 //! row for it. A device that reads in order only moves `upto`, by one heap-only update of its row
-//! for any number of messages. Messages that it finishes out of order are rows of `device_done`,
+//! for any number of messages. Messages that it completes out of order are rows of `device_done`,
 //! until `upto` passes them.
 //!
 //! The heads of the inboxes are locked first, in the order of their numbers and by a separate
@@ -67,9 +67,9 @@ macro_rules! acked {
 const ACKED: &str = acked!("");
 const ACKED_IN_CHANNEL: &str = acked!(" AND m.channel = $6");
 
-/// Records finished messages. $1 registrations, $2 inboxes and $3 seqs, of which only the waiting
+/// Records completed messages. $1 registrations, $2 inboxes and $3 seqs, of which only the waiting
 /// ones count; $4 now. A page is in order if no other message up to the last one of the page waits
-/// for the device. Expired messages do not wait. Returns the newly finished messages of each
+/// for the device. Expired messages do not wait. Returns the newly completed messages of each
 /// device, and the number of its removal.
 const MARK: &str = "
     WITH done AS MATERIALIZED (
@@ -146,17 +146,17 @@ const SPENT: &str = spent!("FROM unnest($1::int8[], $4::int8[]) AS m (inbox, seq
 const SPENT_BETWEEN: &str =
     spent!("FROM message m WHERE m.inbox = $1 AND m.seq > $4 AND m.seq <= $5");
 
-/// A page that a device has finished.
+/// A page that a device has completed.
 #[derive(Clone, Debug)]
-pub(super) struct DonePage {
+pub(super) struct DevicePage {
     pub(super) inbox: i64,
     pub(super) registration: RegistrationId,
     pub(super) seqs: Vec<Seq>,
 }
 
-/// The messages that a device has newly finished.
+/// The messages that a device has newly completed.
 #[derive(Clone, Debug)]
-pub(super) struct Done {
+pub(super) struct DeviceCompletion {
     pub(super) inbox: i64,
     pub(super) registration: RegistrationId,
     pub(super) seqs: Vec<Seq>,
@@ -166,17 +166,17 @@ pub(super) struct Done {
 
 /// Completes pages of devices that were read in one history, at most one of each registration.
 ///
-/// Returns the newly finished messages; `None` if the store is in another history. Pages of
+/// Returns the newly completed messages; `None` if the store is in another history. Pages of
 /// registrations that do not exist any more are ignored.
-pub(super) struct FinishPages {
+pub(super) struct CompletePages {
     pub(super) store_id: StoreId,
-    pub(super) pages: Vec<DonePage>,
+    pub(super) pages: Vec<DevicePage>,
     pub(super) now: UnixMillis,
     pub(super) recent_ids: Duration,
 }
 
-impl Statement for FinishPages {
-    type Output = Option<Vec<Done>>;
+impl Statement for CompletePages {
+    type Output = Option<Vec<DeviceCompletion>>;
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Transaction;
@@ -192,7 +192,7 @@ impl Statement for FinishPages {
         if row.store_id("store_id")? != self.store_id {
             return Ok(None);
         }
-        finish(connection, &self.pages, self.now, self.recent_ids).await.map(Some)
+        complete(connection, &self.pages, self.now, self.recent_ids).await.map(Some)
     }
 }
 
@@ -207,8 +207,8 @@ pub(super) struct AckAsDevice<'a> {
 
 /// The outcome of an ack by a device.
 pub(super) enum DeviceAck {
-    /// The removal; `None` if no message was newly finished.
-    Done(Option<Removal>),
+    /// The removal; `None` if no message was newly completed.
+    Completed(Option<Removal>),
     /// The inbox has no such device.
     NoDevice,
     /// The device's position was moved, and its client has not confirmed the new one.
@@ -253,29 +253,31 @@ impl Statement for AckAsDevice<'_> {
         }
         let (registration, seqs) = (RegistrationId(row.try_get("id")?), seqs_of(&row)?);
         if seqs.is_empty() || ack.store_id.is_some_and(|named| named != store_id) {
-            return Ok(DeviceAck::Done(None));
+            return Ok(DeviceAck::Completed(None));
         }
-        let page = DonePage { inbox, registration, seqs };
-        let done = finish(connection, &[page], *now, *recent_ids).await?;
-        Ok(DeviceAck::Done(done.into_iter().next().map(|Done { seqs, number, .. }| Removal {
-            reader: ReaderId { inbox: reader.inbox, registration: Some(registration) },
-            view: *view,
-            store_id,
-            number,
-            lease: None,
-            seqs,
-        })))
+        let page = DevicePage { inbox, registration, seqs };
+        let done = complete(connection, &[page], *now, *recent_ids).await?;
+        Ok(DeviceAck::Completed(done.into_iter().next().map(
+            |DeviceCompletion { seqs, number, .. }| Removal {
+                reader: ReaderId { inbox: reader.inbox, registration: Some(registration) },
+                view: *view,
+                store_id,
+                number,
+                lease: None,
+                seqs,
+            },
+        )))
     }
 }
 
-/// Records finished messages, and removes those that wait for no other device. The caller has
+/// Records completed messages, and removes those that wait for no other device. The caller has
 /// locked the heads.
-async fn finish(
+async fn complete(
     connection: &mut PgConnection,
-    pages: &[DonePage],
+    pages: &[DevicePage],
     now: UnixMillis,
     recent_ids: Duration,
-) -> sqlx::Result<Vec<Done>> {
+) -> sqlx::Result<Vec<DeviceCompletion>> {
     let rows = || pages.iter().flat_map(|page| page.seqs.iter().map(move |seq| (page, seq)));
     let done = sqlx::query(MARK)
         .bind(rows().map(|(page, _)| page.registration.0).collect::<Vec<_>>())
@@ -287,7 +289,7 @@ async fn finish(
     let done: Vec<_> = done
         .iter()
         .map(|row| {
-            Ok(Done {
+            Ok(DeviceCompletion {
                 inbox: row.try_get("account")?,
                 registration: RegistrationId(row.try_get("id")?),
                 seqs: seqs_of(row)?,
@@ -297,7 +299,7 @@ async fn finish(
         .collect::<sqlx::Result<_>>()?;
     let mut rows: Vec<_> =
         done.iter().flat_map(|done| done.seqs.iter().map(|seq| (done.inbox, *seq))).collect();
-    // Two devices may finish a message at the same time.
+    // Two devices may complete a message at the same time.
     rows.sort_unstable();
     rows.dedup();
     if !rows.is_empty() {

@@ -12,8 +12,8 @@ use qpq_domain::{DeliveryLimits, IdentityKey, MessageId, Seq, StoreId, UnixMilli
 use qpq_ports::{Enqueued, Envelope, NewMessage, Receipt};
 use sqlx::{PgConnection, Row as _};
 
-use self::room::Holder;
-use super::{payloads::Payloads, remove::Stale};
+use self::room::SenderInInbox;
+use super::{payloads::Payloads, remove::ExpiredCounts};
 use crate::{
     effects::{Accepted, ToInbox},
     history::store_id,
@@ -96,14 +96,14 @@ struct Head {
     messages: u64,
     bytes: u64,
     next_expiry: i64,
-    stale: Stale,
+    expired: ExpiredCounts,
     postgres: Option<UnixMillis>,
     /// The registered devices; `None` without any.
     devices: Option<Vec<RegistrationId>>,
     added: i64,
     added_bytes: i64,
     /// The messages and bytes of each sender that was looked up.
-    held: HashMap<IdentityKey, (u64, u64)>,
+    sender_counts: HashMap<IdentityKey, (u64, u64)>,
 }
 
 /// The outcome for a message, and the message's expiry if it was accepted.
@@ -219,7 +219,7 @@ pub(crate) async fn accept(
 impl Head {
     /// Returns the number and the bytes of the inbox's messages, without expired ones.
     fn counts(&self) -> (u64, u64) {
-        let Stale { messages, bytes } = self.stale;
+        let ExpiredCounts { messages, bytes } = self.expired;
         (self.messages.saturating_sub(messages), self.bytes.saturating_sub(bytes))
     }
 
@@ -240,11 +240,11 @@ impl Head {
             return Ok(Enqueued::QueueFull);
         }
         if limits.limits_senders(messages, bytes) {
-            if !self.held.contains_key(&message.sender) {
-                let held = self.look_up(connection, message, limits, times.0, so_far).await?;
-                self.held.insert(message.sender, held);
+            if !self.sender_counts.contains_key(&message.sender) {
+                let counts = self.look_up(connection, message, limits, times.0, so_far).await?;
+                self.sender_counts.insert(message.sender, counts);
             }
-            let (messages, bytes) = self.held[&message.sender];
+            let (messages, bytes) = self.sender_counts[&message.sender];
             if messages >= limits.sender_messages() || bytes + size > limits.sender_bytes() {
                 return Ok(Enqueued::SenderShare);
             }
@@ -263,15 +263,15 @@ impl Head {
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<(u64, u64)> {
         let (recipient, sender) = (message.recipient, message.sender);
-        let holder = Holder { recipient, inbox: self.id, sender, now };
-        let held = room::held(connection, &[holder], limits).await?;
+        let pair = SenderInInbox { recipient, inbox: self.id, sender, now };
+        let stored = room::sender_counts(connection, &[pair], limits).await?;
         // Accepted messages are written at the end of the transaction.
         let unwritten = so_far.filter(|(other, outcome)| {
             (other.recipient, other.sender) == (recipient, sender)
                 && matches!(outcome.enqueued, Enqueued::Accepted(_))
         });
         let own = unwritten.map(|(other, _)| (1, other.payload.len() as u64));
-        Ok(held.into_iter().chain(own).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1)))
+        Ok(stored.into_iter().chain(own).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1)))
     }
 
     /// Assigns the next seq of the inbox to the message.
@@ -293,7 +293,7 @@ impl Head {
         self.added += 1;
         self.added_bytes += number(size);
         self.next_expiry = self.next_expiry.min(millis(expires_at));
-        if let Some((messages, bytes)) = self.held.get_mut(&message.sender) {
+        if let Some((messages, bytes)) = self.sender_counts.get_mut(&message.sender) {
             *messages += 1;
             *bytes += size;
         }
@@ -316,12 +316,12 @@ async fn lock(
             messages: row.unsigned("messages")?,
             bytes: row.unsigned("bytes")?,
             next_expiry: row.try_get("next_expiry")?,
-            stale: Stale::default(),
+            expired: ExpiredCounts::default(),
             postgres: now_of(row)?,
             devices: devices.map(|ids| ids.into_iter().map(RegistrationId).collect()),
             added: 0,
             added_bytes: 0,
-            held: HashMap::new(),
+            sender_counts: HashMap::new(),
         };
         Ok((row.identity("identity")?, head))
     };

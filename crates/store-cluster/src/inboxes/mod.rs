@@ -315,7 +315,7 @@ impl Inboxes for ClusterStore {
                 };
                 let remove = AckAsDevice { query: &query, device, ack: &ack, now, recent_ids };
                 match database.run(&remove).await.map_err(StoreError::from)? {
-                    DeviceAck::Done(removal) => removal,
+                    DeviceAck::Completed(removal) => removal,
                     DeviceAck::NoDevice => return Err(ReadError::DeviceRequired),
                     DeviceAck::PositionLost => return Err(ReadError::PositionLost),
                 }

@@ -211,7 +211,7 @@ const COUNT: &str = "
      WHERE id = $1 RETURNING messages, bytes, next_expiry";
 
 /// Counts the expired messages that an inbox still has. Reads no payload.
-const STALE: &str = concat!(
+const COUNT_EXPIRED: &str = concat!(
     "SELECT count(*) AS n, coalesce(sum(",
     size!(),
     "), 0)::int8 AS size FROM message m WHERE inbox = $1 AND expires_at <= $2"
@@ -314,21 +314,21 @@ impl Statement for RemoveAcked<'_> {
 }
 
 /// The head of an inbox after expired messages were removed from it.
-pub(super) struct Left {
+pub(super) struct RemainingHead {
     pub(super) messages: u64,
     pub(super) bytes: u64,
     pub(super) next_expiry: i64,
     /// Rows removed.
     pub(super) removed: i64,
     /// Expired messages that are left.
-    pub(super) stale: Stale,
+    pub(super) expired: ExpiredCounts,
     /// The payloads to count down: one entry for each removed message with a shared payload.
     pub(super) payloads: Vec<i64>,
 }
 
 /// Expired messages that are still stored, and do not count against limits.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Stale {
+pub(super) struct ExpiredCounts {
     pub(super) messages: u64,
     pub(super) bytes: u64,
 }
@@ -351,7 +351,7 @@ pub(super) async fn expired(
     connection: &mut PgConnection,
     due: Due<'_>,
     recent_ids: Duration,
-) -> sqlx::Result<Left> {
+) -> sqlx::Result<RemainingHead> {
     let Due { inbox, has_devices, now, rows, ids } = due;
     let (senders, ids): (Vec<_>, Vec<_>) = ids.into_iter().unzip();
     let row = sqlx::query(if has_devices { EXPIRED_OF_DEVICES } else { EXPIRED })
@@ -366,13 +366,14 @@ pub(super) async fn expired(
     let removed: i64 = row.try_get("removed")?;
     let all = removed < rows;
     let head = sqlx::query(COUNT).bind(inbox).bind(all).fetch_one(&mut *connection).await?;
-    let stale = if all { Stale::default() } else { stale(connection, inbox, now).await? };
-    Ok(Left {
+    let expired =
+        if all { ExpiredCounts::default() } else { count_expired(connection, inbox, now).await? };
+    Ok(RemainingHead {
         messages: head.unsigned("messages")?,
         bytes: head.unsigned("bytes")?,
         next_expiry: head.try_get("next_expiry")?,
         removed,
-        stale,
+        expired,
         payloads: row.try_get("payloads")?,
     })
 }
@@ -389,7 +390,7 @@ pub(super) struct DueId<'a> {
 pub(super) struct FreedIds {
     pub(super) messages: u64,
     pub(super) bytes: u64,
-    /// As [`Left::payloads`].
+    /// As [`RemainingHead::payloads`].
     pub(super) payloads: Vec<i64>,
 }
 
@@ -418,9 +419,14 @@ pub(super) async fn expired_ids(
     removed.collect()
 }
 
-async fn stale(connection: &mut PgConnection, inbox: i64, now: UnixMillis) -> sqlx::Result<Stale> {
-    let row = sqlx::query(STALE).bind(inbox).bind(millis(now)).fetch_one(connection).await?;
-    Ok(Stale { messages: row.unsigned("n")?, bytes: row.unsigned("size")? })
+async fn count_expired(
+    connection: &mut PgConnection,
+    inbox: i64,
+    now: UnixMillis,
+) -> sqlx::Result<ExpiredCounts> {
+    let row =
+        sqlx::query(COUNT_EXPIRED).bind(inbox).bind(millis(now)).fetch_one(connection).await?;
+    Ok(ExpiredCounts { messages: row.unsigned("n")?, bytes: row.unsigned("size")? })
 }
 
 fn removal_of(query: &ReadQuery, row: &PgRow) -> sqlx::Result<Option<Removal>> {

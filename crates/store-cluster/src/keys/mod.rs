@@ -25,7 +25,7 @@ use qpq_ports::{
 use sqlx::{PgConnection, Row as _};
 
 use self::{
-    take::{Of, TakePackages},
+    take::{TakeOwner, TakePackages},
     upload::UploadPackages,
 };
 use crate::{
@@ -82,7 +82,7 @@ impl KeyPackages for ClusterStore {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Option<TakenKeyPackage>> {
-        let take = TakePackages { target, of: Of::Account, now };
+        let take = TakePackages { target, owner: TakeOwner::Account, now };
         let taken = self.inner.database.run(&take).await?;
         Ok(taken.into_iter().find_map(|(_, package)| package))
     }
@@ -92,7 +92,7 @@ impl KeyPackages for ClusterStore {
         target: &IdentityKey,
         now: UnixMillis,
     ) -> StoreResult<Vec<DevicePackage>> {
-        let take = TakePackages { target, of: Of::EachDevice, now };
+        let take = TakePackages { target, owner: TakeOwner::EachDevice, now };
         let taken = self.inner.database.run(&take).await?;
         let of_device = |(device, package)| Some(DevicePackage { device: device?, package });
         Ok(taken.into_iter().filter_map(of_device).collect())

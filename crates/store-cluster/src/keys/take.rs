@@ -74,13 +74,13 @@ const AFTER_UPLOAD: &str = "SELECT FROM account WHERE identity = $1 FOR SHARE";
 /// Takes a package of the account, or one of each of its devices.
 pub(super) struct TakePackages<'a> {
     pub(super) target: &'a IdentityKey,
-    pub(super) of: Of,
+    pub(super) owner: TakeOwner,
     pub(super) now: UnixMillis,
 }
 
 /// The owner of the packages to take.
 #[derive(Clone, Copy)]
-pub(super) enum Of {
+pub(super) enum TakeOwner {
     /// The account, including all of its devices: one package.
     Account,
     /// Each device: one package of each.
@@ -96,17 +96,17 @@ impl Statement for TakePackages<'_> {
     const SCOPE: Scope = Scope::Transaction;
 
     fn name(&self) -> &'static str {
-        match self.of {
-            Of::Account => "take_key_package",
-            Of::EachDevice => "take_key_packages",
+        match self.owner {
+            TakeOwner::Account => "take_key_package",
+            TakeOwner::EachDevice => "take_key_packages",
         }
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
-        let &Self { target, of, now } = self;
-        let signers = match of {
-            Of::Account => vec![None],
-            Of::EachDevice => devices(connection, target).await?,
+        let &Self { target, owner, now } = self;
+        let signers = match owner {
+            TakeOwner::Account => vec![None],
+            TakeOwner::EachDevice => devices(connection, target).await?,
         };
         let mut packages = Vec::with_capacity(signers.len());
         for signer in &signers {

@@ -95,7 +95,7 @@ async fn upload(
 ) -> sqlx::Result<Upload> {
     let mut known = Known::of(connection, owner.account, packages).await?;
     if mode == UploadMode::Replace {
-        known.there.retain(|_, there| there.device != owner.device);
+        known.stored.retain(|_, package| package.device != owner.device);
     }
     let new = match known.choose(packages) {
         Ok(new) => new,
@@ -157,12 +157,12 @@ fn with<'a>(
 /// The packages of an upload that are stored or were given.
 struct Known {
     /// The stored packages.
-    there: HashMap<[u8; 32], There>,
+    stored: HashMap<[u8; 32], StoredPackage>,
     given: HashSet<[u8; 32]>,
 }
 
 /// A package that is stored.
-struct There {
+struct StoredPackage {
     device: Option<DeviceId>,
     last_resort: bool,
 }
@@ -177,7 +177,7 @@ impl Known {
             packages.iter().map(|package| &package.fingerprint[..]).collect();
         let rows =
             sqlx::query(KNOWN).bind(owner.0).bind(fingerprints).fetch_all(connection).await?;
-        let mut known = Self { there: HashMap::new(), given: HashSet::new() };
+        let mut known = Self { stored: HashMap::new(), given: HashSet::new() };
         for row in &rows {
             known.add(row)?;
         }
@@ -190,7 +190,7 @@ impl Known {
             self.given.insert(fingerprint);
         } else {
             let (device, last_resort) = (row.device("device")?, row.try_get("last_resort")?);
-            self.there.insert(fingerprint, There { device, last_resort });
+            self.stored.insert(fingerprint, StoredPackage { device, last_resort });
         }
         Ok(())
     }
@@ -200,7 +200,7 @@ impl Known {
     fn choose(mut self, packages: &[NewKeyPackage]) -> Result<Vec<&NewKeyPackage>, usize> {
         let mut new: Vec<&NewKeyPackage> = Vec::new();
         for (index, package) in packages.iter().enumerate() {
-            if self.there.contains_key(&package.fingerprint) {
+            if self.stored.contains_key(&package.fingerprint) {
                 continue;
             }
             if self.given.contains(&package.fingerprint) {
@@ -209,10 +209,10 @@ impl Known {
             let NewKeyPackage { device, last_resort, .. } = *package;
             if last_resort {
                 // A last resort replaces any earlier one of the device, stored or of this upload.
-                self.there.retain(|_, there| !(there.last_resort && there.device == device));
+                self.stored.retain(|_, stored| !(stored.last_resort && stored.device == device));
                 new.retain(|other| !(other.last_resort && other.device == device));
             }
-            self.there.insert(package.fingerprint, There { device, last_resort });
+            self.stored.insert(package.fingerprint, StoredPackage { device, last_resort });
             new.push(package);
         }
         Ok(new)

@@ -19,7 +19,7 @@ const OLDEST: i32 = 150_000;
 /// Migrates the schema and returns its version. Concurrent calls wait for each other.
 pub async fn migrate(config: &Config) -> Result<i64, ConnectError> {
     let options = super::options(config)?;
-    let version = bring_up(&options, config.start_timeout).await?;
+    let version = migrate_schema(&options, config.start_timeout).await?;
     skeletons::fill_all(&options, config.start_timeout).await?;
     Ok(version)
 }
@@ -31,9 +31,10 @@ pub(crate) async fn prepare(
     within: Duration,
 ) -> Result<(), ConnectError> {
     if migrate == Migrate::AtStart {
-        return bring_up(options, within).await.map(drop);
+        return migrate_schema(options, within).await.map(drop);
     }
-    let (connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
+    let (connection, found) =
+        Server::Postgres.answers(within, Box::pin(connect_and_read_version(options))).await?;
     let _ = connection.close().await;
     let needed = newest();
     if found < needed { Err(ConnectError::Behind { found, needed }) } else { Ok(()) }
@@ -80,8 +81,9 @@ pub(crate) fn failed(error: &sqlx::Error) -> ConnectError {
 
 /// Migrates the schema, and returns its version. Connecting has a timeout. The migration has none,
 /// since it may build an index or wait for another migration.
-async fn bring_up(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
-    let (mut connection, found) = Server::Postgres.answers(within, Box::pin(look(options))).await?;
+async fn migrate_schema(options: &PgConnectOptions, within: Duration) -> Result<i64, ConnectError> {
+    let (mut connection, found) =
+        Server::Postgres.answers(within, Box::pin(connect_and_read_version(options))).await?;
     let version = if found < newest() {
         tracing::info!(
             found,
@@ -104,7 +106,9 @@ pub(crate) async fn connect_patiently(config: &Config) -> Result<PgConnection, C
     Server::Postgres.answers(config.start_timeout, Box::pin(connect(&options))).await
 }
 
-async fn look(options: &PgConnectOptions) -> Result<(PgConnection, i64), ConnectError> {
+async fn connect_and_read_version(
+    options: &PgConnectOptions,
+) -> Result<(PgConnection, i64), ConnectError> {
     let mut connection = connect(options).await?;
     let version = version(&mut connection).await?;
     Ok((connection, version))

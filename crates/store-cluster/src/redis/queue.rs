@@ -200,8 +200,8 @@ pub(crate) struct Claimed {
 
 impl Redis {
     /// Returns the first messages of the view, if the queue is in an accepted state.
-    pub(crate) async fn read(&self, look: QueueRead<'_>) -> StoreResult<QueueAnswer> {
-        let QueueRead { reader, view, state, accept, after, limit, now, term, edge } = look;
+    pub(crate) async fn read(&self, query: QueueRead<'_>) -> StoreResult<QueueAnswer> {
+        let QueueRead { reader, view, state, accept, after, limit, now, term, edge } = query;
         let (view, channel) = match &view {
             View::All => ("all", Bytes::new()),
             View::Channel(channel) => ("channel", Bytes::copy_from_slice(channel.as_bytes())),

@@ -13,7 +13,7 @@ use qpq_ports::Session;
 use tokio::time::Instant;
 
 /// Maximum sessions, of about 300 bytes each.
-const MOST: u64 = 100_000;
+const CAPACITY: u64 = 100_000;
 
 /// The copies in this process. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ struct Entry {
 impl InProcess {
     /// Creates an empty cache, in which a copy is valid for at most `ttl`.
     pub(super) fn new(ttl: Duration) -> Self {
-        let entries = Cache::builder().max_capacity(MOST).time_to_live(ttl).build();
+        let entries = Cache::builder().max_capacity(CAPACITY).time_to_live(ttl).build();
         Self { entries, generation: Arc::default() }
     }
 

@@ -287,7 +287,7 @@ async fn a_registration_while_another_edge_has_the_queue_loaded_loses_nothing() 
     world.send(&a, &["4"]).await;
     world.revoke(&a, 1).await;
     for stores in [&a, &b] {
-        assert_eq!(world.waiting(stores, world.single()).await, ["4"], "no queue of before");
+        assert_eq!(world.waiting(stores, world.single()).await, ["4"], "an old queue is not used");
     }
 }
 
@@ -408,11 +408,11 @@ async fn a_session_is_bound_and_ended_at_every_edge() {
     };
     open(&a, 1, world.alice).await;
     for edge in 0..2 {
-        assert_eq!(bound(edge).await, Some(None), "it has a copy now");
+        assert_eq!(bound(edge).await, Some(None), "the edge has a copy now");
     }
     world.is_registered(&a, 1).await;
     assert_eq!(bound(0).await, Some(Some(id(1))));
-    assert_eq!(bound(2).await, Some(Some(id(1))), "nor has Redis an old one");
+    assert_eq!(bound(2).await, Some(Some(id(1))), "Redis has no old copy");
     eventually("the other edge to drop its copy", || async { bound(1).await == Some(Some(id(1))) })
         .await;
     assert_eq!(world.revoke(&b, 1).await, DeviceRevocation::Revoked { ended_sessions: 1 });
@@ -529,7 +529,7 @@ fn node() -> Vec<(Table, Vec<Row>, Vec<Row>)> {
         ),
         (Table::Device, vec![one.0, two.0], vec![one.1, two.1]),
         (
-            Table::DeviceDone,
+            Table::DeviceCompleted,
             vec![vec![number(7), number(2), bytes(2, 16)]],
             vec![vec![key(), number(2), bytes(2, 16)]],
         ),

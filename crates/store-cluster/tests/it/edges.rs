@@ -249,7 +249,7 @@ async fn without_redis_nothing_is_counted_and_the_check_fails() {
     edges.servers.redis.start_again().await.expect("Redis");
     eventually("the check to pass again", || async { stores.maintenance.check().await.is_ok() })
         .await;
-    assert_eq!(take().await.expect("take"), Verdict::Allowed, "it came back empty");
+    assert_eq!(take().await.expect("take"), Verdict::Allowed, "the restarted Redis has no buckets");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

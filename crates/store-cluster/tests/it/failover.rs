@@ -133,7 +133,7 @@ async fn a_change_of_the_primary_loses_nothing_and_calls_recover_by_themselves()
         eventually("messages to pass", || async {
             assert!(
                 !receiver.is_finished() || progress.acked.load(Ordering::Acquire) == ALL,
-                "it failed"
+                "the receiver failed"
             );
             what.load(Ordering::Acquire) >= n
         })

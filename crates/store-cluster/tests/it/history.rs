@@ -243,7 +243,11 @@ async fn an_unannounced_copy_is_detected_by_its_lost_messages() {
     assert_eq!(texts(&world.peek(1).await), ["m1", "m2", "m3"]);
     world.servers.postgres.restore(&backup, Restore::AsItIs).await.expect("restored");
     let page = world.peek(1).await;
-    assert_eq!((texts(&page), page.store_id), (vec!["m1"], store_id), "Redis is not believed");
+    assert_eq!(
+        (texts(&page), page.store_id),
+        (vec!["m1"], store_id),
+        "the queue in Redis is not used"
+    );
     assert_eq!(world.send(&["NEW2"]).await, [2]);
     assert_eq!(texts(&world.peek(0).await), ["m1", "NEW2"]);
 }

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Longer than any of these tests, so a missing copy was removed and did not expire.
-const FOR_EVER: Duration = Duration::from_secs(10 * 60);
+const LONG: Duration = Duration::from_secs(10 * 60);
 /// Short enough for a test to wait until a copy is too old.
 const BRIEF: Duration = Duration::from_secs(2);
 
@@ -43,10 +43,10 @@ async fn is_over(stores: &Stores, n: u8) {
 /// Waits until `to` receives an event of `from`, because a subscription takes effect after some
 /// time.
 async fn receive_each_other_s_messages(from: &Stores, to: &Stores, person: Person) {
-    let mut heard = to.account_events.listen();
+    let mut events = to.account_events.listen();
     loop {
         from.account_events.publish(&person.identity, AccountEvent::KeyPackageTaken);
-        if let Ok(event) = timeout(Duration::from_millis(100), heard.next()).await {
+        if let Ok(event) = timeout(Duration::from_millis(100), events.next()).await {
             assert_eq!(event, Some((person.identity, AccountEvent::KeyPackageTaken)));
             return;
         }
@@ -61,7 +61,7 @@ fn copy_of(config: &Config, n: u8) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_revocation_at_one_edge_reaches_the_others() {
-    let (_servers, config) = cluster(FOR_EVER).await;
+    let (_servers, config) = cluster(LONG).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     let alice = person(&a, 1).await;
@@ -92,13 +92,17 @@ async fn without_nats_a_copy_is_valid_for_a_while() {
     assert_eq!(find(&b, 1).await, Some(opened));
     assert_eq!(revoke(&a, 1).await, 1);
     assert_eq!(find(&a, 1).await, None);
-    assert_eq!(b.sessions.confirm(&token(1)).await.expect("confirm"), None, "that asks Postgres");
+    assert_eq!(
+        b.sessions.confirm(&token(1)).await.expect("confirm"),
+        None,
+        "a confirmation reads Postgres"
+    );
     is_over(&b, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_edge_drops_all_copies_when_nats_reconnects() {
-    let (servers, config) = cluster(FOR_EVER).await;
+    let (servers, config) = cluster(LONG).await;
     let one = Process::start(&config).await;
     let two = edge(&config).await;
     let (a, b) = (one.store.stores(), two.stores());
@@ -116,7 +120,7 @@ async fn an_edge_drops_all_copies_when_nats_reconnects() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lookups_that_race_with_a_revocation_leave_no_copy() {
-    let (_servers, config) = cluster(FOR_EVER).await;
+    let (_servers, config) = cluster(LONG).await;
     let (one, two, three) = (edge(&config).await, edge(&config).await, edge(&config).await);
     let (a, b, c) = (one.stores(), two.stores(), three.stores());
     let alice = person(&a, 1).await;
@@ -132,7 +136,7 @@ async fn lookups_that_race_with_a_revocation_leave_no_copy() {
             .collect();
         assert_eq!(revoke(&a, n).await, 1);
         assert_eq!(find(&a, n).await, None, "round {n}");
-        assert_eq!(find(&c, n).await, None, "round {n}: nor does Redis have it");
+        assert_eq!(find(&c, n).await, None, "round {n}: Redis has no copy either");
         for finder in finders {
             finder.await.expect("no panic");
         }
@@ -144,7 +148,7 @@ async fn lookups_that_race_with_a_revocation_leave_no_copy() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flushed_redis_ends_no_session_and_brings_none_back() {
-    let (servers, config) = cluster(FOR_EVER).await;
+    let (servers, config) = cluster(LONG).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     let alice = person(&a, 1).await;
@@ -169,7 +173,7 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
     let a = one.stores();
     let alice = person(&a, 1).await;
     let opened = open(&a, 1, alice).await;
-    assert_eq!(find(&a, 1).await, Some(opened), "and Redis has a copy");
+    assert_eq!(find(&a, 1).await, Some(opened), "Redis has a copy now");
     // Without an expiry, so that the copy does not expire in Redis first.
     let copy = copy_of(&config, 1);
     assert_eq!(servers.redis.command(["PERSIST", &copy]).await.expect("Redis"), Reply::Integer(1));
@@ -182,11 +186,7 @@ async fn a_redis_that_was_rolled_back_brings_no_session_back() {
     let b = two.stores();
     is_over(&b, 1).await;
     assert_eq!(servers.redis.command(["EXISTS", &copy]).await.expect("Redis"), Reply::Integer(1));
-    assert_eq!(
-        find(&edge(&config).await.stores(), 1).await,
-        None,
-        "it is there, and nobody believes it"
-    );
+    assert_eq!(find(&edge(&config).await.stores(), 1).await, None, "the copy in Redis is not used");
     let alive = open(&b, 2, alice).await;
     assert_eq!(find(&b, 2).await, Some(alive));
 }
@@ -202,10 +202,10 @@ async fn an_unreachable_redis_fails_no_lookup_and_no_revocation() {
     open(&a, 2, alice).await;
     find(&b, 2).await.expect("B has a copy now");
     servers.redis.freeze();
-    assert_eq!(find(&a, 1).await, Some(kept.clone()), "it hangs");
+    assert_eq!(find(&a, 1).await, Some(kept.clone()), "while Redis hangs");
     servers.redis.thaw();
     servers.redis.kill9().await.expect("Redis");
-    assert_eq!(find(&b, 1).await, Some(kept.clone()), "it is dead");
+    assert_eq!(find(&b, 1).await, Some(kept.clone()), "while Redis is down");
     assert_eq!(revoke(&a, 2).await, 1);
     assert_eq!(find(&a, 2).await, None);
     is_over(&b, 2).await;
@@ -220,12 +220,12 @@ async fn an_unreachable_redis_fails_no_lookup_and_no_revocation() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_use_at_one_edge_is_visible_at_the_others() {
-    let (_servers, config) = cluster(FOR_EVER).await;
+    let (_servers, config) = cluster(LONG).await;
     let (one, two) = (edge(&config).await, edge(&config).await);
     let (a, b) = (one.stores(), two.stores());
     let alice = person(&a, 1).await;
     let opened = open(&a, 1, alice).await;
-    assert_eq!(find(&a, 1).await, Some(opened.clone()), "and Redis has a copy");
+    assert_eq!(find(&a, 1).await, Some(opened.clone()), "Redis has a copy now");
     let (used, expires_at) = (NOW.plus(HOUR / 2), NOW.plus(2 * HOUR));
     let touch = |stores: Stores, token: TokenHash, now| async move {
         stores.sessions.touch(&token, now, expires_at).await.expect("touch");

@@ -42,7 +42,7 @@ impl Memory {
         let Effects {
             sessions_changed,
             session_used,
-            removed_from,
+            completed_by,
             readers_changed,
             wakes,
             new_store_id,
@@ -54,7 +54,7 @@ impl Memory {
         if let Some(session_use) = session_used {
             self.sessions.touch(&session_use);
         }
-        if let Some(reader) = removed_from {
+        if let Some(reader) = completed_by {
             self.leases.removed(&reader);
         }
         if let Some(inbox) = readers_changed {

@@ -261,7 +261,7 @@ impl Inserting<'_> {
         let first: Vec<_> =
             (0..messages.len()).filter(|n| seqs[*n].is_none() && is_first(*n)).collect();
         let asked: Vec<_> = first.iter().map(|index| &messages[*index]).collect();
-        let reasons = left_out::why(self.connection, &asked, self.limits.recent_ids).await?;
+        let reasons = left_out::reasons(self.connection, &asked, self.limits.recent_ids).await?;
         let mut reasons = first.into_iter().zip(reasons).peekable();
         let mut outcomes = Vec::with_capacity(messages.len());
         for (index, (timed, seq)) in messages.iter().zip(seqs).enumerate() {
@@ -332,7 +332,7 @@ impl Inserting<'_> {
         if let Some(seq) = self.try_one(timed, Fill::Half).await? {
             return Ok(timed.accepted(seq));
         }
-        let reasons = left_out::why(self.connection, &[timed], self.limits.recent_ids).await?;
+        let reasons = left_out::reasons(self.connection, &[timed], self.limits.recent_ids).await?;
         self.explained(timed, reasons[0]).await
     }
 

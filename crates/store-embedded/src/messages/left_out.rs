@@ -9,7 +9,7 @@ use super::enqueue::{MAX_ROWS, Timed};
 use crate::row::{Columns as _, millis, millis_of};
 
 /// The statements, indexed by the number of messages.
-static WHY: LazyLock<Vec<String>> = LazyLock::new(|| (0..=MAX_ROWS).map(sql).collect());
+static STATEMENTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=MAX_ROWS).map(sql).collect());
 
 /// The inbox of a message that was left out, and the reason: the message is known, the inbox has no
 /// room, or an expired message has the same id.
@@ -46,12 +46,12 @@ fn sql(rows: usize) -> String {
 
 #[cfg(test)]
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    [WHY[1].as_str(), WHY[MAX_ROWS].as_str()].into_iter()
+    [STATEMENTS[1].as_str(), STATEMENTS[MAX_ROWS].as_str()].into_iter()
 }
 
 /// Returns the reason why each message was left out, for at most [`MAX_ROWS`] messages; `None` if
 /// its recipient does not exist.
-pub(super) async fn why(
+pub(super) async fn reasons(
     connection: &mut SqliteConnection,
     messages: &[&Timed<'_>],
     recent_ids: Duration,
@@ -60,7 +60,7 @@ pub(super) async fn why(
     if messages.is_empty() {
         return Ok(reasons);
     }
-    let mut query = sqlx::query(WHY[messages.len()].as_str());
+    let mut query = sqlx::query(STATEMENTS[messages.len()].as_str());
     for (n, Timed { message, bounds }) in (0_i64..).zip(messages) {
         query = query
             .bind(n)

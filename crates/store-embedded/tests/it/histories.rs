@@ -28,38 +28,37 @@ enum Step {
 /// three channels and that of a group, and five ids: few enough that they often concern the same
 /// one.
 fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        12 => inbox_op(),
+        4 => key_op(),
+        3 => session_op(),
+        2 => account_op(),
+        3 => device_op(),
+        1 => Just(Op::Sweep),
+    ]
+}
+
+fn account() -> impl Strategy<Value = u8> {
     // Account 1 has devices from the start, so it is in more operations than the others.
-    let account = || prop_oneof![3 => Just(1_u8), 4 => 1..=4_u8];
+    prop_oneof![3 => Just(1_u8), 4 => 1..=4_u8]
+}
+
+fn device() -> impl Strategy<Value = u8> {
+    1..=3_u8
+}
+
+fn reader() -> impl Strategy<Value = Option<u8>> {
+    // Often no device, as for accounts without devices.
+    prop::option::weighted(0.7, device())
+}
+
+fn inbox_op() -> impl Strategy<Value = Op> {
     let view = || prop::option::of(0..=GROUP);
     let slot = || 0..=2_u8;
-    let device = || 1..=3_u8;
-    // Often no device, as for accounts without devices.
-    let reader = || prop::option::weighted(0.7, device());
-    let seqs = || prop::collection::vec(0..=20_u64, 0..4);
-    let id = || prop::option::of(1..=5_u8);
-    // The large payloads may be stored once for several members.
-    let size = || prop_oneof![3 => 0..=150_usize, 1 => 500..=700_usize];
-    let message = (account(), account(), 0..=2_u8, id(), size(), 0..=20_u8).prop_map(
-        |(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes },
-    );
-    let listed = prop::option::of(prop::sample::subsequence(vec![1, 2, 3, 4, 11, 12], 0..=6));
-    let ahead = prop::option::of(prop_oneof![4 => Just(0_u64), 1 => Just(1_u64)]);
-    let group_send = (account(), reader(), listed, id(), size(), 0..=20_u8, ahead).prop_map(
-        |(from, device, to, id, size, minutes, ahead)| GroupSend {
-            from,
-            device,
-            to,
-            id,
-            size,
-            minutes,
-            ahead,
-        },
-    );
-    let package = (1..=8_u8, prop::option::of(device()), any::<bool>(), 0..=20_u8)
-        .prop_map(|(n, device, last_resort, minutes)| Package { n, device, last_resort, minutes });
-    let inboxes = prop_oneof![
-        6 => prop::collection::vec(message, 1..4).prop_map(Op::Enqueue),
-        3 => group_send.prop_map(Op::SendToGroup),
+    let seqs = prop::collection::vec(0..=20_u64, 0..4);
+    prop_oneof![
+        6 => prop::collection::vec(message(), 1..4).prop_map(Op::Enqueue),
+        3 => group_send().prop_map(Op::SendToGroup),
         3 => (account(), reader(), view(), 0..=5_u32, 0..=600_usize, slot()).prop_map(
             |(inbox, device, view, messages, bytes, slot)| {
                 Op::Lease { inbox, device, view, messages, bytes, slot }
@@ -72,34 +71,79 @@ fn op() -> impl Strategy<Value = Op> {
                 Op::Peek { inbox, device, view, after, messages }
             }
         ),
-        2 => (account(), reader(), view(), prop::option::of(0..=20_u64), seqs()).prop_map(
+        2 => (account(), reader(), view(), prop::option::of(0..=20_u64), seqs).prop_map(
             |(inbox, device, view, up_to, seqs)| Op::Ack { inbox, device, view, up_to, seqs }
         ),
-    ];
-    let keys = prop_oneof![
+    ]
+}
+
+fn message() -> impl Strategy<Value = Message> {
+    (account(), account(), 0..=2_u8, message_id(), size(), 0..=20_u8).prop_map(
+        |(from, to, channel, id, size, minutes)| Message { from, to, channel, id, size, minutes },
+    )
+}
+
+fn group_send() -> impl Strategy<Value = GroupSend> {
+    let listed = prop::option::of(prop::sample::subsequence(vec![1, 2, 3, 4, 11, 12], 0..=6));
+    let ahead = prop::option::of(prop_oneof![4 => Just(0_u64), 1 => Just(1_u64)]);
+    (account(), reader(), listed, message_id(), size(), 0..=20_u8, ahead).prop_map(
+        |(from, device, to, id, size, minutes, ahead)| GroupSend {
+            from,
+            device,
+            to,
+            id,
+            size,
+            minutes,
+            ahead,
+        },
+    )
+}
+
+fn message_id() -> impl Strategy<Value = Option<u8>> {
+    prop::option::of(1..=5_u8)
+}
+
+fn size() -> impl Strategy<Value = usize> {
+    // The large payloads may be stored once for several members.
+    prop_oneof![3 => 0..=150_usize, 1 => 500..=700_usize]
+}
+
+fn key_op() -> impl Strategy<Value = Op> {
+    let package = (1..=8_u8, prop::option::of(device()), any::<bool>(), 0..=20_u8)
+        .prop_map(|(n, device, last_resort, minutes)| Package { n, device, last_resort, minutes });
+    prop_oneof![
         3 => (account(), prop::option::of(device()), prop::collection::vec(package, 1..4))
             .prop_map(|(owner, device, packages)| Op::Upload { owner, device, packages }),
         2 => account().prop_map(|target| Op::Take { target }),
         2 => account().prop_map(|target| Op::TakeOfDevices { target }),
         1 => (account(), any::<u8>()).prop_map(|(owner, key)| Op::PutHybrid { owner, key }),
         1 => prop::collection::vec(account(), 0..4).prop_map(|targets| Op::GetHybrid { targets }),
-    ];
-    let sessions = prop_oneof![
+    ]
+}
+
+fn session_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
         2 => (1..=4_u8, account(), 0..=20_u8)
             .prop_map(|(token, owner, minutes)| Op::CreateSession { token, owner, minutes }),
         3 => (1..=4_u8).prop_map(|token| Op::FindSession { token }),
         1 => (1..=4_u8, 0..=20_u8).prop_map(|(token, minutes)| Op::Touch { token, minutes }),
         1 => (1..=4_u8).prop_map(|token| Op::Revoke { token }),
         1 => account().prop_map(|owner| Op::RevokeAll { owner }),
-    ];
-    let accounts = prop_oneof![
+    ]
+}
+
+fn account_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
         3 => (account(), account(), 1..=2_u8)
             .prop_map(|(name, key, record)| Op::Register { name, key, record }),
         1 => account().prop_map(|key| Op::Find { key }),
-    ];
-    let key = || prop::option::of(1..=OF_AN_ACCOUNT);
-    let devices = prop_oneof![
-        6 => (account(), device(), 1..=2_u8, key(), 1..=4_u8).prop_map(
+    ]
+}
+
+fn device_op() -> impl Strategy<Value = Op> {
+    let key = prop::option::of(1..=OF_AN_ACCOUNT);
+    prop_oneof![
+        6 => (account(), device(), 1..=2_u8, key, 1..=4_u8).prop_map(
             |(owner, device, name, key, token)| {
                 Op::RegisterDevice { owner, device, name, key, token }
             }
@@ -109,14 +153,6 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (account(), device())
             .prop_map(|(owner, device)| Op::ConfirmPosition { owner, device }),
         2 => account().prop_map(|owner| Op::ListDevices { owner }),
-    ];
-    prop_oneof![
-        12 => inboxes,
-        4 => keys,
-        3 => sessions,
-        2 => accounts,
-        3 => devices,
-        1 => Just(Op::Sweep),
     ]
 }
 

@@ -130,7 +130,7 @@ impl Inbox {
     }
 
     /// Notes that a device has read, with a precision of ten minutes.
-    fn note_seen(&mut self, device: Option<u8>, now: UnixMillis) {
+    fn record_seen(&mut self, device: Option<u8>, now: UnixMillis) {
         let mut seen = self.devices.iter_mut().filter(|found| Some(found.id) == device);
         if let Some(device) = seen.next()
             && now > device.seen_at.plus(10 * MINUTE)
@@ -539,13 +539,13 @@ impl Model {
             | Op::Ack { inbox, device, .. } => match self.reader(*inbox, *device) {
                 Ok(registration) => registration,
                 Err(refusal) => {
-                    self.note_seen(op, now);
+                    self.record_seen(op, now);
                     return refusal.to_owned();
                 }
             },
             _ => None,
         };
-        self.note_seen(op, now);
+        self.record_seen(op, now);
         match op {
             Op::Lease { inbox, view, messages, bytes, slot, .. } => {
                 let (text, seqs) = self.page(*inbox, registration, *view, 0, *messages, *bytes);
@@ -585,11 +585,11 @@ impl Model {
     }
 
     /// Notes that a device has read. An ack does not count as a read.
-    fn note_seen(&mut self, op: &Op, now: UnixMillis) {
+    fn record_seen(&mut self, op: &Op, now: UnixMillis) {
         if let Op::Lease { inbox, device, .. } | Op::Peek { inbox, device, .. } = op
             && let Some(inbox) = self.inboxes.get_mut(inbox)
         {
-            inbox.note_seen(*device, now);
+            inbox.record_seen(*device, now);
         }
     }
 

@@ -180,7 +180,7 @@ pub(super) async fn node(
 pub(super) async fn mark_node(data_dir: &Path, sessions: OldSessions) -> anyhow::Result<Restored> {
     ensure!(
         data_dir.join(DATABASE_FILE).is_file(),
-        "{} holds no server's data: it has no {DATABASE_FILE}. Name a server's data directory",
+        "{} contains no server data: it has no {DATABASE_FILE}. Name a server's data directory",
         data_dir.display()
     );
     Ok(begin_history(data_dir, sessions).await?.into())

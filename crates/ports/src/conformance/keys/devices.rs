@@ -10,7 +10,7 @@ use crate::{
     DevicePackage, DeviceRegistration, NewKeyPackage, PackageOwner, Upload, UploadMode,
     conformance::{
         Factory,
-        bench::{Bench, NOW, Person, device_id},
+        bench::{Bench, NOW, RegisteredAccount, device_id},
     },
 };
 
@@ -19,8 +19,8 @@ fn package_of(n: u8, device: u8) -> NewKeyPackage {
     NewKeyPackage { device: Some(device_id(device)), ..package(n) }
 }
 
-fn owned_by(person: Person, device: u8) -> PackageOwner {
-    PackageOwner { device: Some(device_id(device)), ..own(person) }
+fn owned_by(owner: RegisteredAccount, device: u8) -> PackageOwner {
+    PackageOwner { device: Some(device_id(device)), ..own(owner) }
 }
 
 impl Bench {
@@ -35,7 +35,7 @@ impl Bench {
 
     /// Takes a package of each device. Returns the devices, and of each package the first byte and
     /// whether it is the last-resort one.
-    async fn take_of_devices(&self, target: Person) -> Vec<(u8, Option<(u8, bool)>)> {
+    async fn take_of_devices(&self, target: RegisteredAccount) -> Vec<(u8, Option<(u8, bool)>)> {
         let taken = self.stores.key_packages.take_of_devices(&target.identity, NOW).await;
         let entry = |entry: DevicePackage| {
             let package = entry.package.map(|taken| (taken.bytes[0], taken.last_resort));
@@ -48,7 +48,7 @@ impl Bench {
 pub async fn each_device_has_packages_of_its_own(factory: &dyn Factory) {
     let caps = KeyPackageLimits { max_count: 2, ..KeyPackageLimits::default() };
     let bench = Bench::with(factory, DeliveryLimits::default(), caps).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in [1, 2] {
         assert_eq!(bench.device(alice, n).await, DeviceRegistration::Registered);
     }
@@ -71,7 +71,7 @@ pub async fn each_device_has_packages_of_its_own(factory: &dyn Factory) {
 
 pub async fn one_call_takes_a_package_of_each_device(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let (alice, bob) = (bench.person(1).await, bench.person(2).await);
+    let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     assert_eq!(bench.take_of_devices(bob).await, [], "no devices");
     for n in [3, 1, 2] {
         bench.device(alice, n).await;
@@ -90,7 +90,7 @@ pub async fn one_call_takes_a_package_of_each_device(factory: &dyn Factory) {
 
 pub async fn concurrent_takes_of_devices_never_share_a_package(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in [1, 2] {
         bench.device(alice, n).await;
         let packages = (0..20).map(|i| package_of(20 * n + i, n)).collect();
@@ -115,7 +115,7 @@ pub async fn concurrent_takes_of_devices_never_share_a_package(factory: &dyn Fac
 
 pub async fn a_replacement_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     for n in [1, 2] {
         bench.device(alice, n).await;
         let packages = vec![package_of(10 * n, n), package_of(10 * n + 1, n)];
@@ -132,7 +132,7 @@ pub async fn a_replacement_removes_the_packages_of_its_device_alone(factory: &dy
 
 pub async fn a_device_without_a_key_has_the_packages_of_the_account(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), package(2)]).await;
     bench.device_without_key(alice, 7).await;
     bench.device(alice, 8).await;
@@ -147,7 +147,7 @@ pub async fn a_device_without_a_key_has_the_packages_of_the_account(factory: &dy
 
 pub async fn a_revocation_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
-    let alice = bench.person(1).await;
+    let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1)]).await;
     for n in [1, 2] {
         bench.device(alice, n).await;

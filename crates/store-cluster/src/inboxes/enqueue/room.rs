@@ -40,7 +40,7 @@ const COUNTED: u64 = 64 << 10;
 /// Counts the messages of senders in inboxes whose heads are locked: $1 inboxes, $2 senders, $3
 /// now, $4 maximum rows of each. The two parts count the messages with and without an id, each by
 /// an index of its own.
-const HELD: &str = concat!(
+const SENDER_COUNTS: &str = concat!(
     "SELECT h.messages, h.bytes
       FROM unnest($1::int8[], $2::bytea[], $3::int8[]) WITH ORDINALITY
            AS k (inbox, sender, now, place)
@@ -97,12 +97,12 @@ pub(super) async fn make_room(
         });
         let has_devices = head.devices.is_some();
         let due = Due { inbox: head.id, has_devices, now, rows, ids: ids.collect() };
-        let left = remove::expired(connection, due, limits.recent_ids).await?;
-        rows = (rows - left.removed).max(0);
+        let remaining = remove::expired(connection, due, limits.recent_ids).await?;
+        rows = (rows - remaining.removed).max(0);
         (head.messages, head.bytes, head.next_expiry) =
-            (left.messages, left.bytes, left.next_expiry);
-        head.stale = left.stale;
-        payloads.extend(left.payloads);
+            (remaining.messages, remaining.bytes, remaining.next_expiry);
+        head.expired = remaining.expired;
+        payloads.extend(remaining.payloads);
     }
     payloads::count_down(connection, &payloads).await
 }
@@ -156,7 +156,7 @@ pub(super) async fn look_up_senders(
     limits: &DeliveryLimits,
 ) -> sqlx::Result<()> {
     let mut seen = HashSet::new();
-    let mut holders: Vec<Holder> = Vec::new();
+    let mut pairs: Vec<SenderInInbox> = Vec::new();
     for (n, (message, bounds)) in messages.iter().zip(bounds).enumerate() {
         let Some(head) = heads.get(&message.recipient) else { continue };
         let (count, bytes) = head.counts();
@@ -166,26 +166,25 @@ pub(super) async fn look_up_senders(
             && seen.insert((message.recipient, message.sender))
         {
             let (recipient, sender) = (message.recipient, message.sender);
-            holders.push(Holder { recipient, inbox: head.id, sender, now: bounds.agreed });
+            pairs.push(SenderInInbox { recipient, inbox: head.id, sender, now: bounds.agreed });
         }
     }
     let mut counted: HashMap<IdentityKey, u64> = HashMap::new();
-    let mut rest = &holders[..];
+    let mut rest = &pairs[..];
     while !rest.is_empty() {
         let next;
         (next, rest) = rest.split_at(rest.len().min(LOOKED_UP));
-        let (within, beyond): (Vec<Holder>, Vec<Holder>) = next
-            .iter()
-            .partition(|holder| counted.get(&holder.sender).is_none_or(|n| *n < COUNTED));
-        let found = held(connection, &within, limits).await?;
-        for (holder, (messages, bytes)) in within.iter().zip(found) {
-            *counted.entry(holder.sender).or_default() += messages;
-            let head = heads.get_mut(&holder.recipient).expect("found above");
-            head.held.insert(holder.sender, (messages, bytes));
+        let (within, beyond): (Vec<SenderInInbox>, Vec<SenderInInbox>) =
+            next.iter().partition(|pair| counted.get(&pair.sender).is_none_or(|n| *n < COUNTED));
+        let found = sender_counts(connection, &within, limits).await?;
+        for (pair, (messages, bytes)) in within.iter().zip(found) {
+            *counted.entry(pair.sender).or_default() += messages;
+            let head = heads.get_mut(&pair.recipient).expect("found above");
+            head.sender_counts.insert(pair.sender, (messages, bytes));
         }
-        for holder in beyond {
-            let head = heads.get_mut(&holder.recipient).expect("found above");
-            head.held.insert(holder.sender, (limits.sender_messages(), 0));
+        for pair in beyond {
+            let head = heads.get_mut(&pair.recipient).expect("found above");
+            head.sender_counts.insert(pair.sender, (limits.sender_messages(), 0));
         }
     }
     Ok(())
@@ -193,7 +192,7 @@ pub(super) async fn look_up_senders(
 
 /// A sender and an inbox whose head is locked.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Holder {
+pub(super) struct SenderInInbox {
     pub(super) recipient: IdentityKey,
     pub(super) inbox: i64,
     pub(super) sender: IdentityKey,
@@ -202,19 +201,19 @@ pub(super) struct Holder {
 
 /// Returns the number and the bytes of the senders' messages in the inboxes. The number is exact
 /// below the sender's share of messages, and at least that share otherwise.
-pub(super) async fn held(
+pub(super) async fn sender_counts(
     connection: &mut PgConnection,
-    holders: &[Holder],
+    pairs: &[SenderInInbox],
     limits: &DeliveryLimits,
 ) -> sqlx::Result<Vec<(u64, u64)>> {
-    if holders.is_empty() {
+    if pairs.is_empty() {
         return Ok(Vec::new());
     }
-    let senders: Vec<&[u8]> = holders.iter().map(|holder| &holder.sender.as_bytes()[..]).collect();
-    let rows = sqlx::query(HELD)
-        .bind(holders.iter().map(|holder| holder.inbox).collect::<Vec<_>>())
+    let senders: Vec<&[u8]> = pairs.iter().map(|pair| &pair.sender.as_bytes()[..]).collect();
+    let rows = sqlx::query(SENDER_COUNTS)
+        .bind(pairs.iter().map(|pair| pair.inbox).collect::<Vec<_>>())
         .bind(senders)
-        .bind(holders.iter().map(|holder| millis(holder.now)).collect::<Vec<_>>())
+        .bind(pairs.iter().map(|pair| millis(pair.now)).collect::<Vec<_>>())
         .bind(number(limits.sender_messages()))
         .fetch_all(connection)
         .await?;

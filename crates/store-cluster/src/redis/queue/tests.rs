@@ -37,7 +37,7 @@ impl Redis {
     async fn found(&self, head: u64, removals: u64) -> QueueAnswer {
         let limit = PageLimit { messages: 10, bytes: 1 << 20 };
         let state = State { store_id: STORE, head, removals };
-        let look = QueueRead {
+        let query = QueueRead {
             reader: &READER,
             view: View::All,
             state,
@@ -48,7 +48,7 @@ impl Redis {
             term: None,
             edge: None,
         };
-        self.read(look).await.unwrap()
+        self.read(query).await.unwrap()
     }
 
     /// Returns the seqs that a reader of that state gets.

@@ -211,7 +211,7 @@ async fn an_incomplete_backup_never_has_the_final_name_and_no_file_is_overwritte
     let empty = node.workspace.path("empty");
     fs::create_dir(&empty).unwrap();
     let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&empty)]);
-    assert!(stderr.contains("holds no server's data"), "{stderr}");
+    assert!(stderr.contains("contains no server data"), "{stderr}");
 }
 
 /// Simulates a full disk by a limit on the size of files.
@@ -276,7 +276,7 @@ async fn mark_restored_begins_another_history_in_a_cold_copy() {
     let (one, two) = (embedded(&dir).await, embedded(&copy).await);
     assert_restored(&content, &one, &two).await;
     let stderr = run_failing(1, &["mark-restored", "--data-dir", text(&workspace.path("none"))]);
-    assert!(stderr.contains("holds no server's data"), "{stderr}");
+    assert!(stderr.contains("contains no server data"), "{stderr}");
 }
 
 /// Returns whether no server starts in `dir` because a restore has not finished.

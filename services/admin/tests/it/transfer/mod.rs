@@ -289,7 +289,7 @@ async fn a_node_that_does_not_fit_the_cluster_is_refused_before_any_write() {
     assert!(scene.failing_transfer().await.contains("run `qpq-admin migrate`"));
     scene.migrate();
     let node = std::mem::replace(&mut scene.node, scene.workspace.path("nowhere"));
-    assert!(scene.failing_transfer().await.contains("no server's data"));
+    assert!(scene.failing_transfer().await.contains("no server data"));
     assert!(!Path::exists(&scene.node));
     scene.node = node;
     assert_eq!(scene.transfer_node().code, Some(0));
