@@ -138,7 +138,7 @@ fn statuses(page: &mut String) {
     );
     line(page, format_args!("| byte | name | retry | meaning |\n|---|---|---|---|"));
     for status in Status::ALL {
-        let retry = if status.is_retryable() { "yes" } else { "" };
+        let retry = if status.is_temporary() { "yes" } else { "" };
         line(
             page,
             format_args!("| {} | {} | {retry} | {} |", status.code(), status.name(), status.doc()),

@@ -64,7 +64,7 @@ impl EventType {
 /// An event with its message; see [`EventType`] for the meanings.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs, reason = "`EventType` describes each event")]
-pub enum Event {
+pub enum ServerEvent {
     Wake(WakeEvent),
     Message(MessageEvent),
     SessionRevoked(SessionRevokedEvent),
@@ -73,7 +73,7 @@ pub enum Event {
     DevicesChanged(DevicesChangedEvent),
 }
 
-impl Event {
+impl ServerEvent {
     /// Returns the type of the event.
     pub const fn event_type(&self) -> EventType {
         match self {
@@ -130,23 +130,23 @@ mod tests {
         let envelope =
             Envelope { seq: 7, data: Bytes::from_static(b"hello"), ..Envelope::default() };
         let events = [
-            Event::Wake(WakeEvent { channel_id: vec![1; 16].into(), seq: 7 }),
-            Event::Message(MessageEvent { envelope: Some(envelope) }),
-            Event::SessionRevoked(SessionRevokedEvent { reason: "logout".into() }),
-            Event::Draining(DrainingEvent { deadline_ms: 30_000 }),
-            Event::KeyPackagesLow(KeyPackagesLowEvent { available: 3 }),
-            Event::DevicesChanged(DevicesChangedEvent {}),
+            ServerEvent::Wake(WakeEvent { channel_id: vec![1; 16].into(), seq: 7 }),
+            ServerEvent::Message(MessageEvent { envelope: Some(envelope) }),
+            ServerEvent::SessionRevoked(SessionRevokedEvent { reason: "logout".into() }),
+            ServerEvent::Draining(DrainingEvent { deadline_ms: 30_000 }),
+            ServerEvent::KeyPackagesLow(KeyPackagesLowEvent { available: 3 }),
+            ServerEvent::DevicesChanged(DevicesChangedEvent {}),
         ];
         for (event, number) in events.into_iter().zip(1..) {
             assert_eq!(event.event_type().code(), number);
-            assert_eq!(Event::decode(number, event.payload()), Ok(Some(event)));
+            assert_eq!(ServerEvent::decode(number, event.payload()), Ok(Some(event)));
         }
     }
 
     #[test]
     fn an_unknown_event_is_ignored_and_a_malformed_one_is_an_error() {
-        assert_eq!(Event::decode(7, Bytes::from_static(b"\xff")), Ok(None));
-        assert_eq!(Event::decode(0, Bytes::new()), Ok(None));
-        assert!(Event::decode(1, Bytes::from_static(b"\xff")).is_err());
+        assert_eq!(ServerEvent::decode(7, Bytes::from_static(b"\xff")), Ok(None));
+        assert_eq!(ServerEvent::decode(0, Bytes::new()), Ok(None));
+        assert!(ServerEvent::decode(1, Bytes::from_static(b"\xff")).is_err());
     }
 }

@@ -22,7 +22,7 @@ pub mod status;
 pub use auth::{Auth, AuthKind};
 pub use convert::FieldError;
 pub use deadlines::DeadlineClass;
-pub use event::{Event, EventType};
+pub use event::{EventType, ServerEvent};
 pub use limits::{LimitClass, LimitDefault, LimitSubject};
 pub use methods::{METHODS, Method, MethodInfo, RequestSize};
 pub use retry::RetryPolicy;

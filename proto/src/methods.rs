@@ -216,7 +216,7 @@ methods! {
     203 Peek(PeekRequest) -> PeekResponse, Session, Receive, Standard, Small, Idempotent, served;
     /// Removes messages that were read.
     204 Ack(AckRequest) -> AckResponse, Session, Receive, Standard, List, Idempotent, served;
-    /// Adds one message to many inboxes, or many messages each to its own; can carry a commit.
+    /// Adds one message to many inboxes, or each of many messages to its inbox; may be a commit.
     205 BatchEnqueue(BatchEnqueueRequest) -> BatchEnqueueResponse, Session, Send, Standard, Frame, ById, served;
     /// Opens a stream of events on this connection.
     206 Subscribe(SubscribeRequest) -> SubscribeResponse, Session, Receive, Standard, Small, Idempotent, served;
@@ -279,7 +279,7 @@ methods! {
     /// Reads one chunk of a blob.
     601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, Small, Idempotent, later;
 
-    /// Registers a device, which reads the inbox on its own position from then on.
+    /// Registers a device, which reads the inbox at its own position from then on.
     700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, Small, Idempotent, served;
     /// Lists the caller's devices.
     701 ListDevices(ListDevicesRequest) -> ListDevicesResponse, Session, Device, Standard, Small, Idempotent, served;

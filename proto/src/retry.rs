@@ -101,14 +101,11 @@ impl Identified for EnqueueRequest {
 
 impl Identified for BatchEnqueueRequest {
     fn has_ids(&self) -> bool {
-        // A commit is not repeated automatically: the server recognises a repeat only for 7 days,
-        // and then refuses it as stale although the first one was accepted.
-        let is_identified = if self.messages.is_empty() {
+        if self.messages.is_empty() {
             !self.message_id.is_empty()
         } else {
             self.messages.iter().all(Identified::has_ids)
-        };
-        is_identified && !self.commit
+        }
     }
 }
 
@@ -151,14 +148,14 @@ mod tests {
     }
 
     #[test]
-    fn commits_are_not_repeatable() {
-        let fan_out = |commit| BatchEnqueueRequest {
-            message_id: vec![1; 16].into(),
-            commit,
-            ..BatchEnqueueRequest::default()
-        };
-        assert!(is_repeatable::<BatchEnqueue>(&fan_out(false)));
-        assert!(!is_repeatable::<BatchEnqueue>(&fan_out(true)));
+    fn a_message_to_many_and_a_commit_are_repeatable_with_an_id() {
+        for commit in [false, true] {
+            let anonymous = BatchEnqueueRequest { commit, ..BatchEnqueueRequest::default() };
+            let identified =
+                BatchEnqueueRequest { message_id: vec![1; 16].into(), ..anonymous.clone() };
+            assert!(is_repeatable::<BatchEnqueue>(&identified), "commit: {commit}");
+            assert!(!is_repeatable::<BatchEnqueue>(&anonymous), "commit: {commit}");
+        }
     }
 
     #[test]

@@ -95,7 +95,7 @@ impl Status {
 
     /// Returns whether the same request may succeed later. The method's retry policy determines
     /// whether the client may repeat it.
-    pub const fn is_retryable(self) -> bool {
+    pub const fn is_temporary(self) -> bool {
         matches!(
             self,
             Self::RateLimited | Self::DeadlineExceeded | Self::Unavailable | Self::Internal
@@ -182,10 +182,10 @@ mod tests {
     }
 
     #[test]
-    fn only_temporary_failures_are_retryable() {
-        let retryable: Vec<_> =
-            (0..=u8::MAX).filter(|code| Status::from(*code).is_retryable()).collect();
-        assert_eq!(retryable, [5, 8, 9, 10]);
+    fn only_limits_deadlines_and_server_failures_are_temporary() {
+        let temporary: Vec<_> =
+            (0..=u8::MAX).filter(|code| Status::from(*code).is_temporary()).collect();
+        assert_eq!(temporary, [5, 8, 9, 10]);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Parser;
-use qpq_tests::{havoc::Campaign, traffic::Plan};
+use qpq_tests::{faults::Campaign, traffic::Plan};
 
 /// Sends messages while edges and stores are killed, clocks are wrong, standbys are promoted and
 /// backups restored. Checks that every acknowledged message that the store still has is delivered.

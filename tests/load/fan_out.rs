@@ -31,7 +31,7 @@ const IN_FLIGHT: usize = 256;
 const PIPELINE: usize = 64;
 const DEVICES: u8 = 4;
 /// The maximum number of members in one AddMembers call.
-const ADDED_AT_ONCE: usize = 500;
+const MAX_ADDED_PER_CALL: usize = 500;
 /// The number of messages to the group in flight.
 const GROUP_IN_FLIGHT: usize = 4;
 /// Messages per second to other inboxes while messages are sent to the group.
@@ -178,7 +178,7 @@ async fn create_group(stage: &Stage) -> anyhow::Result<Bytes> {
     let token = Some(&creator.token[..]);
     let request = v1::CreateChannelRequest { name: "bench".into(), ..Default::default() };
     let created = stage.client(0).must::<CreateChannel>(&request, token).await?;
-    for some in others.chunks(ADDED_AT_ONCE) {
+    for some in others.chunks(MAX_ADDED_PER_CALL) {
         let request = v1::AddMembersRequest {
             channel_id: created.channel_id.clone(),
             member_keys: some.iter().map(|account| account.identity.clone()).collect(),

@@ -8,7 +8,7 @@ pub mod accounts;
 pub mod balancer;
 pub mod client;
 pub mod cluster;
-pub mod havoc;
+pub mod faults;
 pub mod metrics;
 pub mod process;
 pub mod roaming;

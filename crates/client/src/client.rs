@@ -8,7 +8,7 @@ use futures_util::{Stream, StreamExt as _};
 use parking_lot::RwLock;
 use qpq_domain::{DeviceId, IdentityKey, SessionToken, UnixMillis, Username};
 use qpq_mls::Identity;
-use qpq_proto::{DeadlineClass, Event, Method, Status, methods, v1};
+use qpq_proto::{DeadlineClass, Method, ServerEvent, Status, methods, v1};
 use qpq_transport::Fingerprint;
 use rand::{RngCore as _, rngs::OsRng};
 use tokio::{
@@ -325,7 +325,7 @@ impl Client {
     /// Events are hints: one may arrive without a cause, or be lost.
     pub async fn subscribe(
         &self,
-    ) -> Result<Option<impl Stream<Item = Event> + Send + Unpin + use<>>, CallError> {
+    ) -> Result<Option<impl Stream<Item = ServerEvent> + Send + Unpin + use<>>, CallError> {
         let live = self.shared.link.with_events(self.patience()).await?;
         let request = v1::SubscribeRequest { all_channels: true, ..Default::default() };
         let payload =
@@ -343,7 +343,7 @@ impl Client {
             .take_while(|event| std::future::ready(event.is_ok()))
             .filter_map(|event| std::future::ready(event.ok()))
             .filter_map(|(event_type, payload)| {
-                std::future::ready(Event::decode(event_type, payload).ok().flatten())
+                std::future::ready(ServerEvent::decode(event_type, payload).ok().flatten())
             });
         Ok(Some(Box::pin(decoded)))
     }

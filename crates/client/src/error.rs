@@ -82,7 +82,7 @@ impl CallError {
     /// Returns whether the same call may succeed later without further action.
     pub fn is_temporary(&self) -> bool {
         match self {
-            Self::Server(error) => error.status.is_retryable(),
+            Self::Server(error) => error.status.is_temporary(),
             Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Lost { .. } => true,
             Self::Connect(_)
             | Self::TooLarge { .. }

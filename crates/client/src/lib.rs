@@ -57,5 +57,5 @@ pub use secret::{ExportKey, Password};
 
 pub use qpq_domain::{DeviceId, IdentityKey, Seq, SessionToken, UnixMillis, Username};
 pub use qpq_mls::{Error as MlsError, GroupId, Identity, vault::VaultKey};
-pub use qpq_proto::{Event as ServerEvent, Method, Status, methods, v1};
+pub use qpq_proto::{Method, ServerEvent, Status, methods, v1};
 pub use qpq_transport::{Fingerprint, ParseFingerprintError};

@@ -103,7 +103,7 @@ pub enum Upload {
     /// All packages are stored. Contains the present stock of the uploading owner.
     Stored(Stock),
     /// The package with this index was taken before. Nothing was stored.
-    GivenOut(usize),
+    Taken(usize),
     /// A device, or the account itself, has as many packages as are allowed. Nothing was stored.
     Full,
 }

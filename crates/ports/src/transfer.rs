@@ -29,7 +29,7 @@ pub enum Table {
     /// KeyPackages.
     KeyPackage,
     /// KeyPackages that were taken.
-    KeyPackageGiven,
+    KeyPackageTaken,
     /// Hybrid keys.
     HybridKey,
     /// Devices, and their positions in the inboxes.
@@ -93,7 +93,7 @@ impl Table {
         Self::Message,
         Self::RecentId,
         Self::KeyPackage,
-        Self::KeyPackageGiven,
+        Self::KeyPackageTaken,
         Self::HybridKey,
         Self::Device,
         Self::DeviceCompleted,
@@ -113,7 +113,7 @@ impl Table {
             Self::Message => "message",
             Self::RecentId => "recent_id",
             Self::KeyPackage => "key_package",
-            Self::KeyPackageGiven => "key_package_given",
+            Self::KeyPackageTaken => "key_package_given",
             Self::HybridKey => "hybrid_key",
             Self::Device => "device",
             Self::DeviceCompleted => "device_done",
@@ -134,7 +134,7 @@ impl Table {
             Self::Message => columns::MESSAGE,
             Self::RecentId => columns::RECENT_ID,
             Self::KeyPackage => columns::KEY_PACKAGE,
-            Self::KeyPackageGiven => columns::KEY_PACKAGE_GIVEN,
+            Self::KeyPackageTaken => columns::KEY_PACKAGE_TAKEN,
             Self::HybridKey => columns::HYBRID_KEY,
             Self::Device => columns::DEVICE,
             Self::DeviceCompleted => columns::DEVICE_COMPLETED,
@@ -150,7 +150,7 @@ impl Table {
     pub fn key(self) -> &'static [Column] {
         let length = match self {
             Self::RecentId | Self::DeviceCompleted | Self::GroupCommit => 3,
-            Self::KeyPackageGiven => 2,
+            Self::KeyPackageTaken => 2,
             _ => 1,
         };
         &self.columns()[..length]

@@ -21,7 +21,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{Cx, Error, limits::SubjectKey};
+use crate::{
+    Cx, Error,
+    limits::{SubjectKey, is_pruning_due},
+};
 
 /// The unit of reservations, in bytes.
 const UNIT: usize = 1 << 10;
@@ -29,9 +32,6 @@ const UNIT: usize = 1 << 10;
 /// The divisor of the process's free memory that gives the maximum size of a page. The rest is for
 /// other calls.
 const FREE_DIVISOR: usize = 4;
-
-/// The number of subjects above which entries of subjects without answers are removed.
-const PRUNE_FROM: usize = 1_024;
 
 const USED: &str = "qpq_rpc_answer_bytes";
 
@@ -167,7 +167,7 @@ impl Answers {
         if let Some(memory) = subjects.get(&subject).and_then(Weak::upgrade) {
             return Memory(memory);
         }
-        if subjects.len() >= PRUNE_FROM && subjects.len() == subjects.capacity() {
+        if is_pruning_due(&subjects) {
             subjects.retain(|_, memory| memory.strong_count() > 0);
         }
         let memory = Memory::new(self.limits.account);

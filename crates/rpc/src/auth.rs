@@ -22,7 +22,7 @@ use qpq_proto::auth as marker;
 use crate::{Cx, Error, Subject};
 
 /// The maximum age of a login that counts as fresh.
-pub const FRESH: Duration = Duration::from_secs(5 * 60);
+pub const MAX_FRESH_AGE: Duration = Duration::from_secs(5 * 60);
 
 /// The time between two updates of a session's last use. An update on each call would be a write
 /// on each call.
@@ -175,7 +175,7 @@ impl Authenticate for marker::Fresh {
 
     async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
         let caller = caller(cx, payload).await?;
-        if cx.now.since(caller.login.authenticated_at) > FRESH {
+        if cx.now.since(caller.login.authenticated_at) > MAX_FRESH_AGE {
             return Err(Error::FreshLoginRequired);
         }
         Ok(caller)

@@ -80,7 +80,7 @@ impl Budgets {
 
     /// Returns the part of `cost` that a full budget of `subject` can pay in addition to one call.
     pub(crate) fn payable(&self, class: LimitClass, subject: Subject<'_>, cost: u32) -> u32 {
-        let bucket = self.bucket(class, subject.kept_per());
+        let bucket = self.bucket(class, subject.limit_subject());
         bucket.map_or(cost, |bucket| cost.min(bucket.burst.saturating_sub(1)))
     }
 
@@ -92,12 +92,12 @@ impl Budgets {
         subject: Subject<'_>,
         cost: u32,
     ) -> Result<(), Error> {
-        let Some(bucket) = self.bucket(class, subject.kept_per()) else { return Ok(()) };
+        let Some(bucket) = self.bucket(class, subject.limit_subject()) else { return Ok(()) };
         let key = LimitKey { class: class.name(), subject: subject.key().0 };
         match cx.app.stores.limiter.take(key, bucket, cost, cx.now).await {
             Ok(Verdict::Allowed) => Ok(()),
             Ok(Verdict::RetryAfter(wait)) => Err(Error::RateLimited(wait)),
-            Err(error) if may_go_uncounted(class) => {
+            Err(error) if is_allowed_uncounted(class) => {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
                     "counting a rate limit failed, the call is allowed"
@@ -168,10 +168,17 @@ struct Debt {
     since: UnixMillis,
 }
 
-/// The number of debts above which those older than `DEBT_LIFETIME` are removed. A budget has
-/// usually refilled in that time.
-const MANY_DEBTS: usize = 1_024;
+/// The age after which a debt may be removed. A budget has usually refilled in that time.
 const DEBT_LIFETIME: Duration = Duration::from_secs(60);
+
+/// The number of subjects from which a map of subjects is pruned.
+const PRUNE_FROM: usize = 1_024;
+
+/// Returns whether to remove unused entries from a map of subjects, because it has many and would
+/// grow with the next one.
+pub(crate) fn is_pruning_due<K, V>(subjects: &HashMap<K, V>) -> bool {
+    subjects.len() >= PRUNE_FROM && subjects.len() == subjects.capacity()
+}
 
 impl Debts {
     /// Returns and removes the debt of a subject.
@@ -185,9 +192,8 @@ impl Debts {
             return;
         }
         let mut subjects = self.subjects.lock();
-        let is_full = subjects.len() >= MANY_DEBTS && subjects.len() == subjects.capacity();
         let key = (class, subject);
-        if is_full && !subjects.contains_key(&key) {
+        if is_pruning_due(&subjects) && !subjects.contains_key(&key) {
             subjects.retain(|_, debt| now.since(debt.since) < DEBT_LIFETIME);
         }
         let debt = subjects.entry(key).or_default();
@@ -197,7 +203,7 @@ impl Debts {
 
 /// Returns whether calls of `class` are allowed while counting fails. Logins, registrations and
 /// calls for recovery are not, all others are.
-const fn may_go_uncounted(class: LimitClass) -> bool {
+const fn is_allowed_uncounted(class: LimitClass) -> bool {
     !matches!(class, LimitClass::Login | LimitClass::Register | LimitClass::Recovery)
 }
 
@@ -206,7 +212,7 @@ fn default_budget(budget: &LimitDefault) -> (LimitSubject, Bucket) {
 }
 
 impl Subject<'_> {
-    const fn kept_per(self) -> LimitSubject {
+    const fn limit_subject(self) -> LimitSubject {
         match self {
             Self::Ip(_) => LimitSubject::Ip,
             Self::Username(_) => LimitSubject::Username,
@@ -325,13 +331,12 @@ mod tests {
         let account = |n| Subject::Account(AccountId(n)).key();
         for n in 0.. {
             debts.add(LimitClass::Send, account(n), 1, NOW);
-            let subjects = debts.subjects.lock();
-            if subjects.len() > MANY_DEBTS && subjects.len() == subjects.capacity() {
+            if is_pruning_due(&debts.subjects.lock()) {
                 break;
             }
         }
         debts.add(LimitClass::Send, account(0), 1, later);
-        assert!(debts.subjects.lock().len() > MANY_DEBTS, "a known subject needs no space");
+        assert!(debts.subjects.lock().len() > PRUNE_FROM, "a known subject needs no space");
         debts.add(LimitClass::Send, account(-1), 1, later);
         assert_eq!(debts.subjects.lock().len(), 2);
         assert_eq!(debts.collect(LimitClass::Send, account(0)), 2);

@@ -145,9 +145,9 @@ impl Unknown {
         if age < half && now >= self.since {
             return;
         }
-        self.tokens.turn();
+        self.tokens.rotate();
         if age >= UNKNOWN_LIFETIME || now < self.since {
-            self.tokens.turn();
+            self.tokens.rotate();
         }
         self.since = now;
     }
@@ -160,7 +160,7 @@ impl Generations {
 
     fn insert(&mut self, token: TokenHash) {
         if self.young.len() >= MAX_TOKENS {
-            self.turn();
+            self.rotate();
         }
         self.young.insert(token);
     }
@@ -171,7 +171,7 @@ impl Generations {
     }
 
     /// Removes the old generation; the young one replaces it.
-    fn turn(&mut self) {
+    fn rotate(&mut self) {
         self.old = mem::take(&mut self.young);
     }
 }

@@ -6,7 +6,7 @@
 //! | `qpq_pg_retries_total{op}` | counter | retries | transactions that were retried because another one interfered |
 //! | `qpq_pg_errors_total{op,kind}` | counter | failures | transactions and statements that failed after all retries |
 //! | `qpq_pg_connections{state}` | gauge | connections | connections of this edge, `busy` and `idle` |
-//! | `qpq_clock_skew_seconds` | gauge | seconds | time by which the edge's clock is ahead of Postgres', negative if behind |
+//! | `qpq_clock_skew_seconds` | gauge | seconds | time by which the edge's clock is ahead of the clock of Postgres, negative if behind |
 //! | `qpq_sweeps_shrunk_total` | counter | sweeps | transactions of a sweep that took too long and were retried with fewer rows |
 //! | `qpq_enqueue_queue_messages` | gauge | messages | messages that wait for a committer |
 //! | `qpq_enqueue_batch_messages` | histogram | messages | messages that were committed in one transaction |
@@ -26,6 +26,11 @@
 //! | `qpq_session_lookups_total{from}` | counter | lookups | sessions by where they were found: `process`, `redis`, `postgres` |
 //! | `qpq_histories_total` | counter | histories | times that this edge detected another history of the store: after a promotion or a restore |
 //! | `qpq_limit_failures_total` | counter | failures | calls that could not be counted against their limit |
+
+use metrics::{
+    Unit::{Count, Seconds},
+    describe_counter, describe_gauge, describe_histogram,
+};
 
 pub(crate) const PG_SECONDS: &str = "qpq_pg_seconds";
 pub(crate) const PG_RETRIES: &str = "qpq_pg_retries_total";
@@ -54,10 +59,20 @@ pub(crate) const LIMIT_FAILURES: &str = "qpq_limit_failures_total";
 
 /// Describes the metrics to the recorder.
 pub(crate) fn describe() {
-    use metrics::{
-        Unit::{Count, Seconds},
-        describe_counter, describe_gauge, describe_histogram,
-    };
+    describe_postgres();
+    describe_redis();
+    describe_edges();
+    // Zero from the start, so that a rate includes the first event.
+    for name in [BUS_DROPPED, HISTORIES, LOST_QUEUES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK]
+    {
+        metrics::counter!(name).increment(0);
+    }
+    for name in [ENQUEUE_QUEUE, LEASES, REDIS_BREAKER, WAITERS] {
+        metrics::gauge!(name).increment(0);
+    }
+}
+
+fn describe_postgres() {
     describe_histogram!(
         PG_SECONDS,
         Seconds,
@@ -77,7 +92,7 @@ pub(crate) fn describe() {
     describe_gauge!(
         CLOCK_SKEW,
         Seconds,
-        "Time by which the edge's clock is ahead of Postgres', negative if behind"
+        "Time by which the edge's clock is ahead of the clock of Postgres, negative if behind"
     );
     describe_counter!(
         SWEEPS_SHRUNK,
@@ -91,6 +106,9 @@ pub(crate) fn describe() {
         Count,
         "Pages that clients have received and that were removed in one transaction"
     );
+}
+
+fn describe_redis() {
     describe_histogram!(REDIS_SECONDS, Seconds, "Duration of a script or command");
     describe_counter!(REDIS_ERRORS, Count, "Scripts and commands that failed");
     describe_gauge!(REDIS_BREAKER, Count, "Whether Redis does not answer and is not called");
@@ -105,6 +123,10 @@ pub(crate) fn describe() {
         Count,
         "Queues in Redis with messages that Postgres had lost although its history was the same: it was restored without `qpq-admin mark-restored`"
     );
+}
+
+/// Describes the metrics of the reads of an edge, and of its contact with other edges.
+fn describe_edges() {
     describe_gauge!(LEASES, Count, "Pages of this edge on their way to a client");
     describe_gauge!(WAITERS, Count, "Calls and subscriptions of this edge that wait for an inbox");
     describe_counter!(
@@ -134,12 +156,4 @@ pub(crate) fn describe() {
         "Times that this edge detected another history of the store: after a promotion or a restore"
     );
     describe_counter!(LIMIT_FAILURES, Count, "Calls that could not be counted against their limit");
-    // Zero from the start, so that a rate includes the first event.
-    for name in [BUS_DROPPED, HISTORIES, LOST_QUEUES, LIMIT_FAILURES, REDIS_SKIPPED, SWEEPS_SHRUNK]
-    {
-        metrics::counter!(name).increment(0);
-    }
-    for name in [ENQUEUE_QUEUE, LEASES, REDIS_BREAKER, WAITERS] {
-        metrics::gauge!(name).increment(0);
-    }
 }

@@ -176,7 +176,7 @@ static TABLES: &[TableDescription] = &[
     },
     TableDescription {
         name: "key_package_given",
-        content: Content::Transferred(Table::KeyPackageGiven),
+        content: Content::Transferred(Table::KeyPackageTaken),
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {

@@ -11,4 +11,4 @@ pub const TRANSFERRED_FILE: &str = "moved-to-cluster";
 pub const RESTORING_FILE: &str = "restore-unfinished";
 
 /// The file that a process locks while it uses the data directory.
-pub(crate) const LOCK_FILE: &str = "lock";
+pub const LOCK_FILE: &str = "lock";

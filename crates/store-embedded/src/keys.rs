@@ -251,8 +251,8 @@ impl Statement for UploadPackages {
             of_owner(sql, &self.owner).execute(&mut *tx).await?;
         }
         for (index, package) in self.packages.iter().enumerate() {
-            if self.store(tx, package).await? == Stored::GivenOut {
-                return Ok(Done::undo(Upload::GivenOut(index)));
+            if self.store(tx, package).await? == Stored::Taken {
+                return Ok(Done::undo(Upload::Taken(index)));
             }
         }
         let signers: HashSet<_> = self.packages.iter().map(|package| package.device).collect();
@@ -273,7 +273,7 @@ enum Stored {
     /// The package is stored, now or since an earlier upload.
     Yes,
     /// The package was taken before.
-    GivenOut,
+    Taken,
 }
 
 impl UploadPackages {
@@ -311,7 +311,7 @@ impl UploadPackages {
             return Ok(Stored::Yes);
         }
         if known.try_get("given")? {
-            return Ok(Stored::GivenOut);
+            return Ok(Stored::Taken);
         }
         if package.last_resort {
             let sql = "DELETE FROM key_package

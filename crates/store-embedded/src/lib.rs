@@ -62,7 +62,7 @@ pub use accept_clock::{Accepted, accept_clock};
 pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
 pub use clock::JUMP;
 pub use export::{Export, ExportError};
-pub use files::{DATABASE_FILE, RESTORING_FILE, TRANSFERRED_FILE};
+pub use files::{DATABASE_FILE, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE};
 pub use jobs::JobsOperator;
 pub use open_error::OpenError;
 pub use store::EmbeddedStore;

@@ -163,7 +163,7 @@ static TABLES: &[TableDescription] = &[
     },
     TableDescription {
         name: "key_package_given",
-        content: Content::Transferred { to: Table::KeyPackageGiven, key: 2 },
+        content: Content::Transferred { to: Table::KeyPackageTaken, key: 2 },
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {

@@ -230,12 +230,12 @@ impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         let mut connections = self.admission.connections.lock();
         connections.total -= 1;
-        count_out(&mut connections.by_ip, self.ip, 1);
+        subtract(&mut connections.by_ip, self.ip, 1);
     }
 }
 
 /// Subtracts `amount` from the count of `ip`, and removes a count of zero.
-pub(crate) fn count_out(by_ip: &mut HashMap<IpAddr, usize>, ip: IpAddr, amount: usize) {
+pub(crate) fn subtract(by_ip: &mut HashMap<IpAddr, usize>, ip: IpAddr, amount: usize) {
     if let Entry::Occupied(mut count) = by_ip.entry(ip) {
         *count.get_mut() -= amount;
         if *count.get() == 0 {
@@ -250,7 +250,7 @@ impl Drop for HandshakePermit {
         // Also updated here: without further attempts the pressure would never end.
         self.admission.update_pressure(handshakes);
         if let Some(ip) = self.counted_for {
-            count_out(&mut self.admission.handshakes_by_ip.lock(), ip, 1);
+            subtract(&mut self.admission.handshakes_by_ip.lock(), ip, 1);
         }
     }
 }

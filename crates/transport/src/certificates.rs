@@ -72,7 +72,7 @@ impl Certificates {
     pub fn load(cert: &Path, key: &Path) -> Result<Arc<Self>, IdentityError> {
         let files = Files::read(cert, key)?;
         let identity = Identity::from_files(&files, cert, key)?;
-        note_expiry(&identity);
+        record_expiry(&identity);
         Ok(Arc::new(Self {
             cert: cert.to_owned(),
             key: key.to_owned(),
@@ -106,7 +106,7 @@ impl Certificates {
         }
         let identity = Identity::from_files(&files, &self.cert, &self.key)?;
         let fingerprint = identity.fingerprint();
-        note_expiry(&identity);
+        record_expiry(&identity);
         self.current.store(Arc::new(identity));
         Ok(Reload::Changed(fingerprint))
     }
@@ -137,7 +137,7 @@ impl Certificates {
                 Err(_) => return,
             }
             if reminded.elapsed() >= EXPIRY_REMINDER {
-                note_expiry(&self.current.load());
+                record_expiry(&self.current.load());
                 reminded = Instant::now();
             }
         }
@@ -159,7 +159,7 @@ impl std::fmt::Debug for Certificates {
 }
 
 /// Records the end of validity, and warns if it is near.
-fn note_expiry(identity: &Identity) {
+fn record_expiry(identity: &Identity) {
     let Some(not_after) = identity.not_after() else { return };
     gauge!(CERT_NOT_AFTER).set(not_after as f64);
     // The clock with which rustls verifies certificates.

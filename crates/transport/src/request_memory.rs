@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use qpq_wire::Refusal;
 
 use crate::{
-    admission::{count_out, network},
+    admission::{network, subtract},
     config::TransportLimits,
 };
 
@@ -106,7 +106,7 @@ impl ConnectionMemory {
         let server = &self.server;
         let mut used = server.used.lock();
         self.used.fetch_sub(bytes, Ordering::Relaxed);
-        count_out(&mut used.by_ip, self.ip, bytes);
+        subtract(&mut used.by_ip, self.ip, bytes);
         used.process -= bytes;
         server.gauge.decrement(bytes as f64);
     }

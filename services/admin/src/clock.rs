@@ -3,14 +3,14 @@
 //! A single node whose clock jumped by more than 25 hours removes no expired data until then. The
 //! server may be running or stopped. A running server removes expired data again within a minute.
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Subcommand;
 use qpq_ports::{Clock as _, SystemClock};
 use qpq_store_embedded::{Accepted, accept_clock};
 
-use crate::{block_on, print};
+use crate::{block_on, print, roughly};
 
 /// The arguments of `clock`.
 #[derive(Debug, clap::Args)]
@@ -51,13 +51,4 @@ fn sentence(Accepted { before, now }: Accepted) -> String {
         format!("{} behind", roughly(back))
     };
     format!("Accepted the clock, which is {step} the last time that the server trusted.")
-}
-
-fn roughly(duration: Duration) -> String {
-    let hours = duration.as_secs() / 3_600;
-    match hours {
-        0 => format!("{} s", duration.as_secs()),
-        1..48 => format!("{hours} h"),
-        _ => format!("{} days", hours / 24),
-    }
 }

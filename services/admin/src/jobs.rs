@@ -1,7 +1,7 @@
 //! `qpq-admin jobs`: the queue of durable work of a single node or a cluster. The servers may be
 //! running or stopped.
 
-use std::{fmt::Write as _, path::Path, sync::Arc, time::Duration};
+use std::{fmt::Write as _, path::Path, sync::Arc};
 
 use anyhow::bail;
 use clap::Subcommand;
@@ -10,7 +10,7 @@ use qpq_store_embedded::JobsOperator;
 
 use crate::{
     backup::{Store, StoreArgs},
-    block_on, print,
+    block_on, print, roughly,
     settings::connect_with_retry,
 };
 
@@ -168,13 +168,4 @@ fn tables(stats: &[JobStats], dead: &[DeadJob]) -> String {
         let _ = writeln!(text, "{id:>8}  {kind:<24} {attempts:>8}  {since:<8}  {error}");
     }
     text
-}
-
-fn roughly(duration: Duration) -> String {
-    match duration.as_secs() {
-        seconds @ 0..120 => format!("{seconds} s"),
-        seconds @ 120..7_200 => format!("{} min", seconds / 60),
-        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
-        seconds => format!("{} days", seconds / 86_400),
-    }
 }

@@ -22,6 +22,7 @@ use std::{
     fmt::Display,
     io::{self, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -129,6 +130,16 @@ fn print(text: impl Display) -> anyhow::Result<()> {
              it elsewhere, then run this again"
         )
     })
+}
+
+/// Formats a duration in the largest unit of which it has at least two, rounded down.
+fn roughly(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7_200 => format!("{} min", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} days", seconds / 86_400),
+    }
 }
 
 #[cfg(test)]

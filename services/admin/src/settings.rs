@@ -59,7 +59,7 @@ impl ClusterSettings {
 
     /// Returns the directory that all edges share.
     pub(crate) fn secrets_dir(&self) -> Result<PathBuf, ConfigError> {
-        let missing = || Problem::Broken {
+        let missing = || Problem::RuleBroken {
             at: "default".into(),
             path: "cluster.secrets_dir".into(),
             must_be: "given: the directory that `qpq-admin init` created for the cluster".into(),

@@ -42,6 +42,21 @@ pub(crate) struct Opened {
     pub(crate) created_at: Option<PathBuf>,
 }
 
+/// Returns the names in a created certificate: `domain`, those of this machine, and `others`.
+pub fn certificate_names<'a>(
+    domain: &str,
+    others: impl IntoIterator<Item = &'a String>,
+) -> Vec<String> {
+    let mut names = vec![domain.to_owned()];
+    let local = ["localhost", "127.0.0.1", "::1"].map(String::from);
+    for name in local.into_iter().chain(others.into_iter().cloned()) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
 /// Checks which of both files exist, without reading them.
 pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
     let (cert, key) = config.tls_files();

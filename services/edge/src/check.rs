@@ -16,7 +16,9 @@ use qpq_runtime::{
         cluster::{DELIVERY_KEY, OPAQUE_SETUP},
     },
 };
-use qpq_store_embedded::{Claim, DATABASE_FILE, OpenError, RESTORING_FILE, TRANSFERRED_FILE};
+use qpq_store_embedded::{
+    Claim, DATABASE_FILE, LOCK_FILE, OpenError, RESTORING_FILE, TRANSFERRED_FILE,
+};
 use qpq_transport::Identity;
 
 use crate::{
@@ -69,28 +71,28 @@ impl fmt::Display for Report {
 /// Checks all files, keys and ports that `config` names.
 pub fn check(config: &Config) -> Report {
     let mut report = Report::default();
-    let is_running = if config.cluster_sections().secrets_dir().is_some() {
+    let state = if config.cluster_sections().secrets_dir().is_some() {
         check_cluster(config, &mut report);
         // Nothing on this machine distinguishes a running edge from another program.
-        Running::Unknown
+        ServerState::Unknown
     } else {
-        let is_running = check_data_dir(&config.data_dir, &mut report);
+        let state = check_data_dir(&config.data_dir, &mut report);
         check_certificate(config, &mut report);
-        is_running
+        state
     };
-    check_ports(config, is_running, &mut report);
+    check_ports(config, state, &mut report);
     report
 }
 
 /// The state of a server with this configuration.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Running {
-    Yes,
-    No,
+enum ServerState {
+    Running,
+    Stopped,
     Unknown,
 }
 
-fn check_data_dir(path: &Path, report: &mut Report) -> Running {
+fn check_data_dir(path: &Path, report: &mut Report) -> ServerState {
     if !path.exists() {
         let ancestor =
             path.ancestors().skip(1).find(|path| path.as_os_str().is_empty() || path.exists());
@@ -107,14 +109,14 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
                 ancestor.display()
             )),
         }
-        return Running::No;
+        return ServerState::Stopped;
     }
     if let Err(why) = writable(path) {
         report.problem(format_args!(
             "the data directory {} {why}. Choose another one with --data-dir, or change its owner",
             path.display()
         ));
-        return Running::Unknown;
+        return ServerState::Unknown;
     }
     report.fact("data in", format_args!("{}, writable", path.display()));
     if path.join(TRANSFERRED_FILE).exists() {
@@ -129,15 +131,15 @@ fn check_data_dir(path: &Path, report: &mut Report) -> Running {
     }
     check_secrets(path, report);
     // Opening a missing lock file would create it.
-    if !path.join("lock").exists() {
-        return Running::No;
+    if !path.join(LOCK_FILE).exists() {
+        return ServerState::Stopped;
     }
     match Claim::take(path) {
-        Ok(_) => Running::No,
-        Err(OpenError::InUse(_)) => Running::Yes,
+        Ok(_) => ServerState::Stopped,
+        Err(OpenError::InUse(_)) => ServerState::Running,
         Err(error) => {
             report.problem(format_args!("the data directory {error}"));
-            Running::Unknown
+            ServerState::Unknown
         }
     }
 }
@@ -249,14 +251,14 @@ fn check_cluster(config: &Config, report: &mut Report) {
     }
 }
 
-fn check_ports(config: &Config, running: Running, report: &mut Report) {
+fn check_ports(config: &Config, state: ServerState, report: &mut Report) {
     for address in config.transport().listen {
         let bound = UdpSocket::bind(address).map(drop);
-        check_port("listening on", "UDP", "listen", address, bound, running, report);
+        check_port("listening on", "UDP", "listen", address, bound, state, report);
     }
     if let ListenOn::At(address) = config.http.listen {
         let bound = TcpListener::bind(address).map(drop);
-        check_port("health", "TCP", "http.listen", address, bound, running, report);
+        check_port("health", "TCP", "http.listen", address, bound, state, report);
     }
 }
 
@@ -266,16 +268,16 @@ fn check_port(
     setting: &str,
     address: SocketAddr,
     bound: std::io::Result<()>,
-    running: Running,
+    state: ServerState,
     report: &mut Report,
 ) {
     use std::io::ErrorKind::AddrInUse;
     match bound {
         Ok(()) => report.fact(name, format_args!("{address} ({kind}), free")),
-        Err(error) if error.kind() == AddrInUse && running == Running::Yes => {
+        Err(error) if error.kind() == AddrInUse && state == ServerState::Running => {
             report.fact(name, format_args!("{address} ({kind}), in use while this server runs"));
         }
-        Err(error) if error.kind() == AddrInUse && running == Running::Unknown => {
+        Err(error) if error.kind() == AddrInUse && state == ServerState::Unknown => {
             report.fact(name, format_args!("{address} ({kind}), in use"));
             report.remarks.push(format!(
                 "{kind} port {} is in use. If this edge is not running, choose another port with \

@@ -138,7 +138,7 @@ pub async fn compose_with(
                 jobs_ended: None,
                 drain: config.drain.timeout,
             };
-            running.look_after(config, http, rpc, metrics, draining);
+            running.start_tasks(config, http, rpc, metrics, draining);
             Ok(running)
         }
         Err(error) => {
@@ -239,7 +239,7 @@ impl Running {
         tracing::info!("stopped");
     }
 
-    fn look_after(
+    fn start_tasks(
         &mut self,
         config: &Config,
         http: Option<HttpServer>,

@@ -21,6 +21,7 @@ use qpq_transport::{Alpn, ClientAuth, Timeouts, TransportLimits};
 use crate::{
     Listen,
     budgets::CallLimits,
+    certificate::certificate_names,
     cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
@@ -331,14 +332,7 @@ impl Config {
 
     /// Returns the names in a certificate that is created.
     pub fn tls_names(&self) -> Vec<String> {
-        let mut names = vec![self.domain.clone()];
-        let others = ["localhost", "127.0.0.1", "::1"].map(String::from);
-        for name in others.into_iter().chain(self.tls.names.iter().cloned()) {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        names
+        certificate_names(&self.domain, &self.tls.names)
     }
 
     pub fn transport(&self) -> qpq_transport::Config {

@@ -20,6 +20,7 @@ mod secrets;
 mod service;
 mod store;
 
+pub use certificate::certificate_names;
 pub use check::{Report, check};
 pub use cluster::PasswordFileError;
 pub use compose::{Running, StartError, compose, compose_with};

@@ -32,7 +32,7 @@ const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 
 /// Maximum time for blocking work after the end, such as a write to a disk that hangs.
-const LEFTOVERS: Duration = Duration::from_secs(5);
+const BLOCKING_WORK_TIMEOUT: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     // New files are readable for their owner alone. The database contains the OPAQUE records.
@@ -46,18 +46,18 @@ fn main() -> ExitCode {
     };
     let loaded = match args.load() {
         Ok(loaded) => loaded,
-        Err(error) => return complain(MISUSED, error),
+        Err(error) => return fail(MISUSED, error),
     };
     match args.task() {
         Command::Run => start(&args, &loaded),
         Command::Config(ConfigCommand::Check) => {
             let report = check(&loaded.settings);
             match report.problems() {
-                [] => say(report),
-                problems => complain(MISUSED, problems.join("\nqpq-server: ")),
+                [] => print(report),
+                problems => fail(MISUSED, problems.join("\nqpq-server: ")),
             }
         }
-        Command::Config(ConfigCommand::Show) => say(loaded.show()),
+        Command::Config(ConfigCommand::Show) => print(loaded.show()),
     }
 }
 
@@ -65,22 +65,22 @@ fn start(args: &Args, loaded: &Loaded<Config>) -> ExitCode {
     let config = &loaded.settings;
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return complain(FAILED, format_args!("cannot start threads: {error}")),
+        Err(error) => return fail(FAILED, format_args!("cannot start threads: {error}")),
     };
     let inside = runtime.enter();
     let traces = match Traces::start(&config.trace, env!("CARGO_PKG_VERSION")) {
         Ok(traces) => traces,
-        Err(error) => return complain(FAILED, error),
+        Err(error) => return fail(FAILED, error),
     };
     let log = match log::init(&config.log, &traces) {
         Ok(guard) => guard,
-        Err(error) => return complain(FAILED, format_args!("cannot start logging: {error}")),
+        Err(error) => return fail(FAILED, format_args!("cannot start logging: {error}")),
     };
     let code = runtime.block_on(run(args, loaded, &log));
     // Sends the last spans, which needs the runtime.
     drop(traces);
     drop(inside);
-    runtime.shutdown_timeout(LEFTOVERS);
+    runtime.shutdown_timeout(BLOCKING_WORK_TIMEOUT);
     code
 }
 
@@ -91,12 +91,12 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
     let mut hangups = match listening {
         Ok(hangups) => hangups,
         Err(error) => {
-            return complain(FAILED, format_args!("cannot listen for signals: {error}"));
+            return fail(FAILED, format_args!("cannot listen for signals: {error}"));
         }
     };
     let mut running = match compose_with(config, shutdown.draining().clone()).await {
         Ok(running) => running,
-        Err(error) => return complain(FAILED, format_args!("cannot start: {error}")),
+        Err(error) => return fail(FAILED, format_args!("cannot start: {error}")),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -104,13 +104,13 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
         fingerprint = %running.fingerprint(),
         "serving"
     );
-    say(Banner::new(&running, config));
+    print(Banner::new(&running, config));
     let code = loop {
         tokio::select! {
             () = shutdown.draining().cancelled() => break ExitCode::SUCCESS,
             failure = running.failure() => {
                 shutdown.stopping().cancel();
-                break complain(FAILED, failure);
+                break fail(FAILED, failure);
             }
             Some(()) = hangups.recv() => reload(args, loaded, log, &running),
         }
@@ -166,14 +166,14 @@ fn list(settings: &[String]) -> String {
 }
 
 /// Prints to standard output. Ignores errors, so that a closed output does not stop the server.
-fn say(text: impl Display) -> ExitCode {
+fn print(text: impl Display) -> ExitCode {
     let mut out = io::stdout().lock();
     let _ = write!(out, "{text}").and_then(|()| out.flush());
     ExitCode::SUCCESS
 }
 
 /// Prints to standard error and returns `code`.
-fn complain(code: u8, error: impl Display) -> ExitCode {
+fn fail(code: u8, error: impl Display) -> ExitCode {
     let _ = writeln!(io::stderr(), "qpq-server: {error}");
     ExitCode::from(code)
 }

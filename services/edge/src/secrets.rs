@@ -17,6 +17,7 @@ use qpq_runtime::data_dir::{
     DataDir, DataDirError, SecretFile,
     cluster::{self, ClusterDir, ClusterDirError, ClusterId, DELIVERY_KEY, OPAQUE_SETUP},
 };
+use qpq_store_embedded::DATABASE_FILE;
 use qpq_transport::{
     Certificates, ClusterKeyFiles, ClusterKeys, ClusterKeysError, IdentityError, KeyRing,
     RESET_KEY_LEN,
@@ -30,9 +31,6 @@ const _: () = assert!(
     cluster::TICKET_KEYS.length == KeyRing::LEN && cluster::TOKEN_KEY.length == KeyRing::LEN
 );
 const _: () = assert!(cluster::RESET_KEY.length == RESET_KEY_LEN);
-
-/// The name of the embedded store's database in the data directory.
-const DATABASE: &str = "qpq.db";
 
 /// The secrets of every server.
 pub(crate) struct Secrets {
@@ -140,7 +138,7 @@ fn one(
     file: SecretFile,
     make: impl FnOnce() -> Zeroizing<Vec<u8>>,
 ) -> Result<Zeroizing<Vec<u8>>, SecretsError> {
-    if dir.path().join(DATABASE).exists() {
+    if dir.path().join(DATABASE_FILE).exists() {
         let lost =
             || SecretsError::Lost { path: dir.path().join(file.name), if_lost: file.if_lost };
         return dir.read_secret(file)?.ok_or_else(lost);

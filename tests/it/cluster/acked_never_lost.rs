@@ -2,7 +2,7 @@
 //! Postgres are killed, Redis is flushed and rolled back, the readers' connections are cut, clocks
 //! are wrong, standbys are promoted and backups restored. `make chaos` sends a million.
 
-use qpq_tests::{havoc::Campaign, traffic::Plan};
+use qpq_tests::{faults::Campaign, traffic::Plan};
 
 const MESSAGES: u64 = 100_000;
 
@@ -22,6 +22,6 @@ async fn acked_never_lost() {
     let report = &outcome.summary.report;
     report.assert_clean();
     assert!(report.acknowledged as u64 >= MESSAGES, "{report}");
-    assert!(outcome.strikes.len() > 20, "too few faults: {outcome}");
+    assert!(outcome.faults.len() > 20, "too few faults: {outcome}");
     assert!(!outcome.summary.lost.is_empty(), "no call was interrupted: {outcome}");
 }

@@ -83,7 +83,7 @@ impl World {
     }
 
     /// Starts a standby with the current state and ends its replication from the primary.
-    async fn standby_of_now(&self) -> Standby {
+    async fn detached_standby(&self) -> Standby {
         let postgres = &self.cluster.postgres;
         let standby = postgres.standby(&[]).await.expect("a standby");
         standby.catches_up(postgres).await.expect("it follows");
@@ -136,7 +136,7 @@ async fn after_a_promotion_new_messages_are_delivered_once_and_lost_ones_never()
     for edge in 0..EDGES {
         assert_eq!(world.store_id(edge).await, before);
     }
-    let standby = world.standby_of_now().await;
+    let standby = world.detached_standby().await;
     for (text, seq) in [("m4", 4), ("m5", 5), ("m6", 6)] {
         assert_eq!(world.send(text).await, seq);
     }
@@ -168,7 +168,7 @@ async fn messages_whose_removal_was_lost_are_delivered_again() {
         world.send(text).await;
     }
     let (_, before) = world.peek().await;
-    let standby = world.standby_of_now().await;
+    let standby = world.detached_standby().await;
     assert_eq!(world.fetch().await, ["m1", "m2", "m3"]);
     until("they are removed", || async { world.peek().await.0.is_empty() }).await;
     world.fail_over_to(standby).await;

@@ -2,9 +2,9 @@
 //! transaction. A call that is answered Ok has taken effect, and a call that is refused temporarily
 //! may be repeated. After all repeats the call has taken effect exactly once.
 //!
-//! Each operation runs in two storms. In the first storm the table that the operation writes is
-//! locked, so that its statements wait, and two waiting backends are terminated. In the second
-//! storm the answers of Postgres are delayed and all connections are cut repeatedly, so that some
+//! Each operation runs with two faults. With the first fault the table that the operation writes is
+//! locked, so that its statements wait, and two waiting backends are terminated. With the second
+//! fault the answers of Postgres are delayed and all connections are cut repeatedly, so that some
 //! connections are lost during a commit.
 
 use std::{collections::HashSet, future::Future, time::Duration};
@@ -20,7 +20,7 @@ use qpq_proto::{
 };
 use qpq_test_services::{
     history::{Edge, History, Inbox, Tag},
-    proxy::Faults,
+    proxy,
 };
 use qpq_tests::{
     accounts::{self, Account, identity, login_with, registration, upload},
@@ -41,10 +41,10 @@ use super::{STUCK, key_packages::client_of, until};
 const EDGES: usize = 2;
 const SEED: u64 = 0x2c0;
 const UNAUTHORIZED: u8 = 2;
-/// The number of calls of each operation in a storm, concurrently at both edges.
+/// The number of calls of each operation with a fault, concurrently at both edges.
 const TIMES: usize = 12;
 
-/// The number of cuts in a storm. The first [`EARLY`] cuts follow each other quickly.
+/// The number of cuts of a fault. The first [`EARLY`] cuts follow each other quickly.
 const CUTS: usize = 40;
 const EARLY: usize = 6;
 
@@ -55,7 +55,7 @@ const TERMINATE: &str = "
          WHERE application_name LIKE 'qpq-server%' AND wait_event_type = 'Lock' LIMIT 2) AS waiting";
 
 #[derive(Clone, Copy, Debug)]
-enum Storm {
+enum ConnectionFault {
     /// Two backends are terminated while they write this table.
     Terminated { table: &'static str },
     /// All connections are cut repeatedly.
@@ -81,12 +81,12 @@ impl World {
         Self { cluster, entry_points, account, seed: SEED }
     }
 
-    /// Runs `work` in `storm`.
-    async fn weather<T>(&mut self, storm: Storm, work: impl Future<Output = T>) -> T {
+    /// Runs `work` with `fault`.
+    async fn with_fault<T>(&mut self, fault: ConnectionFault, work: impl Future<Output = T>) -> T {
         self.seed += 1;
-        match storm {
-            Storm::Terminated { table } => self.terminate(table, work).await,
-            Storm::Cut => self.cut(work).await,
+        match fault {
+            ConnectionFault::Terminated { table } => self.terminate(table, work).await,
+            ConnectionFault::Cut => self.cut(work).await,
         }
     }
 
@@ -98,7 +98,7 @@ impl World {
         let mut lock = locker.begin().await.expect("a transaction");
         let sql = sqlx::AssertSqlSafe(format!("LOCK TABLE {table} IN SHARE MODE"));
         sqlx::query(sql).execute(&mut *lock).await.expect("the lock");
-        let strike = async {
+        let terminate = async {
             let mut terminated = 0;
             while terminated < 2 {
                 let more: i64 = sqlx::query_scalar(TERMINATE)
@@ -111,14 +111,14 @@ impl World {
             lock.rollback().await.expect("unlocked");
         };
         tokio::join!(work, async {
-            timeout(STUCK, strike).await.expect("two backends wait for the table")
+            timeout(STUCK, terminate).await.expect("two backends wait for the table")
         })
         .0
     }
 
     async fn cut<T>(&self, work: impl Future<Output = T>) -> T {
         let mut random = StdRng::seed_from_u64(self.seed);
-        let slow = Faults { latency: Duration::from_millis(3), ..Faults::default() };
+        let slow = proxy::Faults { latency: Duration::from_millis(3), ..proxy::Faults::default() };
         let before = self.cuts();
         (0..EDGES).for_each(|edge| self.cluster.links(edge).postgres.switch().set(slow));
         let mut work = std::pin::pin!(work);
@@ -154,9 +154,9 @@ impl World {
         self.cluster.postgres.sql(sql).await.expect("an answer").parse().expect("a number")
     }
 
-    /// Returns both storms for operations that write `table`.
-    fn storms(table: &'static str) -> [Storm; 2] {
-        [Storm::Terminated { table }, Storm::Cut]
+    /// Returns both faults for operations that write `table`.
+    fn faults(table: &'static str) -> [ConnectionFault; 2] {
+        [ConnectionFault::Terminated { table }, ConnectionFault::Cut]
     }
 }
 
@@ -176,7 +176,7 @@ where
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations_and_logins_with_lost_connections() {
     let mut world = World::new().await;
-    for (run, storm) in World::storms("account").into_iter().enumerate() {
+    for (run, fault) in World::faults("account").into_iter().enumerate() {
         let client = world.client(0).await;
         let mut requests = Vec::new();
         for n in 0..TIMES {
@@ -193,19 +193,19 @@ async fn registrations_and_logins_with_lost_connections() {
             let request = requests[n].clone();
             async move { roamer.must::<OpaqueRegisterFinish>(&request, None).await.success }
         });
-        assert_eq!(world.weather(storm, registering).await, [true; TIMES], "{storm:?}");
+        assert_eq!(world.with_fault(fault, registering).await, [true; TIMES], "{fault:?}");
         assert_eq!(
             world.number("SELECT count(*) FROM account").await,
             before + TIMES as u64,
-            "{storm:?}"
+            "{fault:?}"
         );
         assert_eq!(
             world.number("SELECT count(*) FROM inbox").await,
             before + TIMES as u64,
-            "{storm:?}"
+            "{fault:?}"
         );
     }
-    for (run, storm) in World::storms("session").into_iter().enumerate() {
+    for (run, fault) in World::faults("session").into_iter().enumerate() {
         let entry_points = world.entry_points.clone();
         let logins = many(&entry_points, |n, mut roamer| async move {
             let name = format!("name-{run}-{n}");
@@ -219,7 +219,7 @@ async fn registrations_and_logins_with_lost_connections() {
                 assert!(tokio::time::Instant::now() < deadline, "{name} cannot log in");
             }
         });
-        let tokens = world.weather(storm, logins).await;
+        let tokens = world.with_fault(fault, logins).await;
         let mut other = Roamer::at(&world.entry_points, 1).patient();
         for token in &tokens {
             other.must::<Peek>(&v1::PeekRequest::default(), Some(token)).await;
@@ -231,7 +231,7 @@ async fn registrations_and_logins_with_lost_connections() {
 async fn uses_and_ends_of_sessions_with_lost_connections() {
     let mut world = World::new().await;
     // Uses of a session that are due to be recorded.
-    for storm in World::storms("session") {
+    for fault in World::faults("session") {
         let aged = "UPDATE session SET last_used_at = last_used_at - 3600000";
         world.cluster.postgres.sql(aged).await.unwrap();
         world.cluster.redis.flush_all().await.unwrap();
@@ -242,15 +242,15 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
                 roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&token)).await;
             }
         });
-        world.weather(storm, uses).await;
+        world.with_fault(fault, uses).await;
         // A use that could not be recorded is due again at the next call.
         let mut roamer = Roamer::at(&world.entry_points, 0).patient();
         roamer.must::<Peek>(&v1::PeekRequest::default(), Some(&world.account.token)).await;
         let age =
             "SELECT (extract(epoch FROM now()) * 1000)::int8 - last_used_at FROM session LIMIT 1";
-        assert!(world.number(age).await < 3_600_000, "{storm:?}: the use was not recorded");
+        assert!(world.number(age).await < 3_600_000, "{fault:?}: the use was not recorded");
     }
-    for storm in World::storms("session") {
+    for fault in World::faults("session") {
         let client = world.client(0).await;
         let mut tokens = Vec::new();
         for _ in 0..TIMES {
@@ -275,11 +275,11 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
                 }
             }
         });
-        world.weather(storm, logouts).await;
+        world.with_fault(fault, logouts).await;
         assert_eq!(
             world.number("SELECT count(*) FROM session").await,
             before - TIMES as u64,
-            "{storm:?}"
+            "{fault:?}"
         );
         for edge in 0..EDGES {
             let client = world.client(edge).await;
@@ -301,9 +301,9 @@ async fn messages_with_lost_connections() {
     let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
     let mut random = StdRng::seed_from_u64(SEED);
     let mut next_tag = 0;
-    // Enqueue, Fetch and Ack, one after the other, each in its storms.
+    // Enqueue, Fetch and Ack, one after the other, each with both faults.
     for round in 0..2 {
-        for storm in World::storms("message") {
+        for fault in World::faults("message") {
             let mut messages = Vec::new();
             for _ in 0..TIMES {
                 next_tag += 1;
@@ -325,11 +325,11 @@ async fn messages_with_lost_connections() {
                     recorder.acknowledged(sending, Seq(response.seq));
                 }
             });
-            world.weather(storm, sending).await;
+            world.with_fault(fault, sending).await;
             if round == 0 {
-                drain(&mut world, storm, &history).await
+                drain(&mut world, fault, &history).await
             } else {
-                ack(&mut world, storm, &history).await
+                ack(&mut world, fault, &history).await
             }
             empty(&world, &history).await;
         }
@@ -342,7 +342,7 @@ async fn messages_with_lost_connections() {
     assert_eq!((report.messages, report.acknowledged), (4 * TIMES, 4 * TIMES));
 }
 
-async fn drain(world: &mut World, storm: Storm, history: &History) {
+async fn drain(world: &mut World, fault: ConnectionFault, history: &History) {
     let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
     let draining = many(&entry_points, |_, mut roamer| {
         let (mut recorder, token) = (history.recorder(), account.token.clone());
@@ -353,11 +353,11 @@ async fn drain(world: &mut World, storm: Storm, history: &History) {
             recorder.delivered(reading, seen(&page));
         }
     });
-    world.weather(storm, draining).await;
+    world.with_fault(fault, draining).await;
 }
 
-/// Peeks without faults, and acks the messages in a storm.
-async fn ack(world: &mut World, storm: Storm, history: &History) {
+/// Peeks without faults, and acks the messages with one.
+async fn ack(world: &mut World, fault: ConnectionFault, history: &History) {
     let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
     let (mut reader, mut recorder) = (Roamer::at(&entry_points, 0).patient(), history.recorder());
     let reading = recorder.reading(Inbox(0));
@@ -376,7 +376,7 @@ async fn ack(world: &mut World, storm: Storm, history: &History) {
             recorder.acked(acking);
         }
     });
-    world.weather(storm, acking).await;
+    world.with_fault(fault, acking).await;
 }
 
 /// Drains the inbox until Postgres has no messages.
@@ -399,7 +399,7 @@ async fn key_packages_with_lost_connections() {
     let mut world = World::new().await;
     let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
     let mut mls = client_of(&owner);
-    for storm in World::storms("key_package") {
+    for fault in World::faults("key_package") {
         let now = qpq_ports::Clock::now(&qpq_ports::SystemClock);
         let packages: Vec<Bytes> =
             mls.key_packages(2 * TIMES, now).unwrap().into_iter().map(Bytes::from).collect();
@@ -414,13 +414,13 @@ async fn key_packages_with_lost_connections() {
             let token = owner.token.clone();
             async move { drop(roamer.must::<UploadKeyPackage>(&request, Some(&token)).await) }
         });
-        world.weather(storm, uploading).await;
+        world.with_fault(fault, uploading).await;
         let mut roamer = Roamer::at(&entry_points, 0).patient();
         let stock = roamer.must::<CountKeyPackages>(&Default::default(), Some(&owner.token)).await;
         assert_eq!(
             (stock.available as usize, stock.has_last_resort),
             (2 * TIMES, true),
-            "{storm:?}"
+            "{fault:?}"
         );
 
         let claiming = many(&entry_points, |_, mut roamer| {
@@ -430,7 +430,7 @@ async fn key_packages_with_lost_connections() {
                 roamer.must::<FetchKeyPackage>(&request, Some(&token)).await
             }
         });
-        let mut issued: Vec<_> = world.weather(storm, claiming).await;
+        let mut issued: Vec<_> = world.with_fault(fault, claiming).await;
         // The rest is claimed without faults, until only the last-resort package is left.
         let request = v1::FetchKeyPackageRequest {
             identity_key: owner.identity.clone(),
@@ -441,18 +441,18 @@ async fn key_packages_with_lost_connections() {
         }
         assert!(
             issued.iter().all(|claim| !claim.package.is_empty()),
-            "{storm:?}: an answer has no package"
+            "{fault:?}: an answer has no package"
         );
         let own: Vec<&Bytes> =
             issued.iter().filter(|c| !c.last_resort).map(|c| &c.package).collect();
         let distinct: HashSet<&Bytes> = own.iter().copied().collect();
-        assert_eq!(distinct.len(), own.len(), "{storm:?}: a package was issued twice");
+        assert_eq!(distinct.len(), own.len(), "{fault:?}: a package was issued twice");
         assert!(
             own.iter().all(|package| packages.contains(package)),
-            "{storm:?}: a package was not uploaded"
+            "{fault:?}: a package was not uploaded"
         );
         // A package in a lost answer reaches no client. This is better than to issue it twice.
-        assert!(!own.is_empty(), "{storm:?}: no package was issued");
+        assert!(!own.is_empty(), "{fault:?}: no package was issued");
     }
 }
 
@@ -460,7 +460,7 @@ async fn key_packages_with_lost_connections() {
 async fn hybrid_keys_with_lost_connections() {
     let mut world = World::new().await;
     let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
-    for storm in World::storms("hybrid_key") {
+    for fault in World::faults("hybrid_key") {
         let keys: Vec<Bytes> = (0..TIMES).map(|_| hybrid_key()).collect();
         let putting = many(&entry_points, |n, mut roamer| {
             let request = v1::UploadHybridKeyRequest {
@@ -472,7 +472,7 @@ async fn hybrid_keys_with_lost_connections() {
                 roamer.must::<UploadHybridKey>(&request, Some(&token)).await;
             }
         });
-        world.weather(storm, putting).await;
+        world.with_fault(fault, putting).await;
         let request = v1::FetchHybridKeyRequest {
             identity_key: owner.identity.clone(),
             ..Default::default()
@@ -480,7 +480,7 @@ async fn hybrid_keys_with_lost_connections() {
         let mut roamer = Roamer::at(&entry_points, 1).patient();
         let got =
             roamer.must::<FetchHybridKey>(&request, Some(&owner.token)).await.hybrid_public_key;
-        assert!(keys.contains(&got), "{storm:?}");
+        assert!(keys.contains(&got), "{fault:?}");
         // A later key replaces an earlier one.
         let last = hybrid_key();
         let put =

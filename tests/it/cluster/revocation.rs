@@ -98,17 +98,17 @@ impl World {
     }
 
     /// Waits until every edge refuses the session, and checks that they refuse it from then on.
-    /// Returns the time of the waits.
+    /// Returns the sum of the waits.
     async fn dies(&self, token: &Bytes) -> Duration {
-        let mut longest = Duration::ZERO;
+        let mut total = Duration::ZERO;
         for edge in 0..EDGES {
-            longest += until("the session has ended", || self.is_dead(edge, token)).await;
+            total += until("the session has ended", || self.is_dead(edge, token)).await;
         }
         self.cluster.redis.flush_all().await.expect("FLUSHALL");
         for edge in (0..EDGES).cycle().take(30) {
             assert!(self.is_dead(edge, token).await, "edge {edge} accepts the session again");
         }
-        longest
+        total
     }
 }
 
@@ -150,9 +150,9 @@ async fn revoked_means_dead_everywhere_without_nats() {
     for all_sessions in [false, true] {
         let token = world.session().await;
         world.revoke(&token, all_sessions).await;
-        let longest = world.dies(&token).await;
-        println!("without NATS ended everywhere within {longest:?}");
-        assert!(longest < CACHED + WITHIN, "it took {longest:?}");
+        let total = world.dies(&token).await;
+        println!("without NATS ended everywhere within {total:?}");
+        assert!(total < CACHED + WITHIN, "it took {total:?}");
     }
     // Without NATS, waiting calls are not notified of the end of the session, but they end too.
     let token = world.session().await;

@@ -182,7 +182,7 @@ impl Party {
         accepted
     }
 
-    /// Records the begin of an Enqueue, for each stream of the inbox.
+    /// Records the start of an Enqueue, for each stream of the inbox.
     fn sending(&mut self, inbox: usize, id: MessageId, tag: Tag) -> Vec<Sending> {
         let edge = self.edge();
         streams(inbox).map(|stream| self.recorder.sending(stream, id, tag, edge)).collect()

@@ -120,7 +120,7 @@ pub(super) fn recipient_status(status: u32, code: &str) -> RecipientStatus {
     let status = u8::try_from(status).map_or(Status::Internal, Status::from);
     match status {
         Status::Ok => RecipientStatus::Accepted,
-        status if status.is_retryable() || status == Status::Unauthorized => RecipientStatus::Later,
+        status if status.is_temporary() || status == Status::Unauthorized => RecipientStatus::Later,
         status if code.is_empty() => RecipientStatus::Refused(status.name().to_owned()),
         _ => RecipientStatus::Refused(code.to_owned()),
     }

@@ -7,7 +7,7 @@
 use std::{pin::Pin, time::Duration};
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _, stream};
-use qpq_proto::Event as Signal;
+use qpq_proto::ServerEvent;
 use rand::{Rng as _, RngCore as _, rngs::OsRng};
 use tokio::{
     sync::mpsc,
@@ -115,7 +115,7 @@ enum Ended {
 
 /// The result of waiting for signals.
 enum Waited {
-    Signals(Vec<Signal>),
+    Signals(Vec<ServerEvent>),
     /// The interval without a signal has passed.
     Nothing,
     /// The stream of signals has ended.
@@ -124,7 +124,7 @@ enum Waited {
     Dropped,
 }
 
-type Signals = Pin<Box<dyn Stream<Item = Signal> + Send>>;
+type Signals = Pin<Box<dyn Stream<Item = ServerEvent> + Send>>;
 
 impl InboxReader {
     async fn start(messenger: Messenger, sender: mpsc::Sender<Result<Entry, Error>>) {
@@ -176,17 +176,21 @@ impl InboxReader {
                 Waited::Dropped => return Ok(Ended::Dropped),
                 Waited::End => return Ok(Ended::Connection),
                 Waited::Signals(received) => {
-                    if received.iter().any(|signal| matches!(signal, Signal::KeyPackagesLow(_))) {
+                    if received
+                        .iter()
+                        .any(|signal| matches!(signal, ServerEvent::KeyPackagesLow(_)))
+                    {
                         keys = NewKeys::Needed;
                     }
-                    let are_devices_changed =
-                        received.iter().any(|signal| matches!(signal, Signal::DevicesChanged(_)));
+                    let are_devices_changed = received
+                        .iter()
+                        .any(|signal| matches!(signal, ServerEvent::DevicesChanged(_)));
                     if are_devices_changed {
                         let updated = self.messenger.update_own_devices().await;
                         unless_final("devices", updated)?;
                     }
                     let is_draining =
-                        received.iter().any(|signal| matches!(signal, Signal::Draining(_)));
+                        received.iter().any(|signal| matches!(signal, ServerEvent::Draining(_)));
                     if is_draining && self.messenger.client().renew().await == Renewed::Yes {
                         return Ok(Ended::Connection);
                     }
@@ -267,7 +271,7 @@ impl InboxReader {
 /// Returns the next signal, and all that are ready with it. Cancel-safe.
 ///
 /// One read of the inbox serves all of these signals. `None` once the stream has ended.
-async fn next_signals(signals: &mut Signals) -> Option<Vec<Signal>> {
+async fn next_signals(signals: &mut Signals) -> Option<Vec<ServerEvent>> {
     let mut received = vec![signals.next().await?];
     while let Some(Some(signal)) = signals.next().now_or_never() {
         received.push(signal);

@@ -59,7 +59,7 @@ pub async fn a_clock_that_is_ahead_destroys_nothing(factory: &dyn Factory) {
     assert!(bench.stores.sessions.find(&session).await.expect("find").is_some());
     let again = vec![package(1, NOW.plus(DAY))];
     let again = keys.upload(PackageOwner::account(bob.account), again, UploadMode::Add, NOW).await;
-    assert_eq!(again.expect("upload"), Upload::GivenOut(0), "given out stays given out");
+    assert_eq!(again.expect("upload"), Upload::Taken(0), "taken stays taken");
     assert_eq!(
         keys.stock(PackageOwner::account(bob.account), NOW).await.expect("stock").available,
         2

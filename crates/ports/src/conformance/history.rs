@@ -110,7 +110,7 @@ pub async fn another_history_has_no_earlier_one_time_packages(factory: &dyn Fact
         assert_eq!(left, Stock { available: 0, has_last_resort: true });
         let taken = keys.take(&owner.identity, NOW).await.expect("take").expect("the last resort");
         assert_eq!((taken.bytes[0], taken.last_resort), (n + 2, true));
-        assert_eq!(upload(&bench.stores, owner.account, n, NOW).await, Upload::GivenOut(0));
+        assert_eq!(upload(&bench.stores, owner.account, n, NOW).await, Upload::Taken(0));
         let fresh = upload(&bench.stores, owner.account, n + 3, NOW).await;
         assert_eq!(fresh, Upload::Stored(Stock { available: 1, has_last_resort: true }));
     }

@@ -132,7 +132,7 @@ pub async fn the_last_resort_stays_and_is_replaced_by_a_newer_one(factory: &dyn 
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
     assert_eq!(
         bench.upload(alice, vec![last_resort(1)]).await,
-        Upload::GivenOut(0),
+        Upload::Taken(0),
         "it was given out"
     );
     assert_eq!(bench.upload(alice, vec![last_resort(4), last_resort(5)]).await, stock(0, true));
@@ -171,14 +171,14 @@ pub async fn a_taken_package_cannot_be_uploaded_again(factory: &dyn Factory) {
     let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
-    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::GivenOut(0));
-    assert_eq!(bench.upload(alice, vec![package(2), package(1)]).await, Upload::GivenOut(1));
+    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::Taken(0));
+    assert_eq!(bench.upload(alice, vec![package(2), package(1)]).await, Upload::Taken(1));
     assert_eq!(bench.stock(alice).await, stock(0, false), "nothing was stored");
     let until = package(1).not_after;
     let keys = &bench.stores.key_packages;
     assert_eq!(
         keys.upload(own(alice), vec![package(1)], UploadMode::Add, until).await.expect("upload"),
-        Upload::GivenOut(0)
+        Upload::Taken(0)
     );
     let renewed = NewKeyPackage { not_after: until.plus(60 * MINUTE), ..package(1) };
     let after = until.plus(MINUTE);
@@ -193,7 +193,7 @@ pub async fn an_upload_is_stored_whole_or_not_at_all(factory: &dyn Factory) {
     bench.upload(alice, vec![package(1), last_resort(2)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     let upload = vec![package(3), last_resort(4), package(1), package(5)];
-    assert_eq!(bench.upload(alice, upload).await, Upload::GivenOut(2));
+    assert_eq!(bench.upload(alice, upload).await, Upload::Taken(2));
     assert_eq!(bench.stock(alice).await, stock(0, true));
     assert_eq!(bench.take(alice).await, taken_last_resort(2), "the old one is still in its place");
 }
@@ -226,7 +226,7 @@ pub async fn an_owner_has_no_more_than_the_cap(factory: &dyn Factory) {
     assert_eq!(upload.expect("upload"), stock(3, false), "what has expired does not count");
 }
 
-pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
+pub async fn an_expired_package_is_not_taken(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     let brief = |n| NewKeyPackage { not_after: NOW.plus(MINUTE), ..package(n) };
@@ -240,7 +240,7 @@ pub async fn an_expired_package_is_not_given_out(factory: &dyn Factory) {
     assert_eq!(bench.take_at(alice, NOW.plus(MINUTE)).await, taken(1), "its last instant counts");
 }
 
-pub async fn a_package_that_has_not_begun_is_neither_counted_nor_given_out(factory: &dyn Factory) {
+pub async fn a_package_that_has_not_begun_is_neither_counted_nor_taken(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     let later = |package: NewKeyPackage| NewKeyPackage { not_before: NOW.plus(MINUTE), ..package };
@@ -287,13 +287,13 @@ pub async fn a_replacement_that_is_refused_removes_nothing(factory: &dyn Factory
     let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
-    assert_eq!(bench.replace(alice, vec![package(4), package(1)]).await, Upload::GivenOut(1));
+    assert_eq!(bench.replace(alice, vec![package(4), package(1)]).await, Upload::Taken(1));
     assert_eq!(bench.replace(alice, (5..=8).map(package).collect()).await, Upload::Full);
     assert_eq!(bench.stock(alice).await, stock(1, true));
     assert_eq!(bench.take(alice).await, taken(2));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
     // A package that was taken is refused, although the replacement would remove it first.
-    assert_eq!(bench.replace(alice, vec![last_resort(3)]).await, Upload::GivenOut(0));
+    assert_eq!(bench.replace(alice, vec![last_resort(3)]).await, Upload::Taken(0));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
 }
 
@@ -347,7 +347,7 @@ pub async fn taken_packages_stay_taken_after_a_crash(factory: &dyn Factory) {
     bench.upload(alice, vec![package(1), package(2), last_resort(3)]).await;
     assert_eq!(bench.take(alice).await, taken(1));
     bench.crash().await;
-    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::GivenOut(0));
+    assert_eq!(bench.upload(alice, vec![package(1)]).await, Upload::Taken(0));
     assert_eq!(bench.take(alice).await, taken(2));
     assert_eq!(bench.take(alice).await, taken_last_resort(3));
 }

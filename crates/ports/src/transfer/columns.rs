@@ -58,7 +58,7 @@ pub(super) const KEY_PACKAGE: &[Column] = &[
     bytes("device"),
 ];
 
-pub(super) const KEY_PACKAGE_GIVEN: &[Column] =
+pub(super) const KEY_PACKAGE_TAKEN: &[Column] =
     &[number("owner"), bytes("fingerprint"), number("not_after")];
 
 pub(super) const HYBRID_KEY: &[Column] = &[number("owner"), bytes("key"), bytes("signature")];

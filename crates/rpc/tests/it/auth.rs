@@ -65,30 +65,30 @@ async fn a_wrong_password_and_an_unknown_username_have_the_same_answer() {
 }
 
 /// A port that records its calls in order.
-struct Counted {
+struct Recorded {
     inner: Arc<dyn Accounts>,
-    asked: Arc<Mutex<Vec<&'static str>>>,
+    calls: Arc<Mutex<Vec<&'static str>>>,
 }
 
 #[async_trait]
-impl Accounts for Counted {
+impl Accounts for Recorded {
     async fn register(&self, account: NewAccount) -> StoreResult<Registration> {
-        self.asked.lock().push("register");
+        self.calls.lock().push("register");
         self.inner.register(account).await
     }
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
-        self.asked.lock().push("credentials");
+        self.calls.lock().push("credentials");
         self.inner.credentials(username).await
     }
 
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>> {
-        self.asked.lock().push("by_username");
+        self.calls.lock().push("by_username");
         self.inner.by_username(username).await
     }
 
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>> {
-        self.asked.lock().push("by_identity");
+        self.calls.lock().push("by_identity");
         self.inner.by_identity(identity).await
     }
 }
@@ -97,26 +97,26 @@ impl Accounts for Counted {
 /// `OpaqueServer` show the same for its computation.
 #[tokio::test]
 async fn a_login_makes_the_same_store_calls_whether_or_not_the_account_exists() {
-    let asked = Arc::new(Mutex::new(Vec::new()));
-    let counted = Arc::clone(&asked);
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let recorded = Arc::clone(&calls);
     let server = Server::with_stores(
         |_| {},
         |mut stores| {
-            stores.accounts = Arc::new(Counted { inner: stores.accounts, asked: counted });
+            stores.accounts = Arc::new(Recorded { inner: stores.accounts, calls: recorded });
             stores
         },
     )
     .await;
     let client = server.connect();
     client.register("alice", "password", &new_identity()).await.expect("a free name");
-    assert_eq!(std::mem::take(&mut *asked.lock()), ["register"], "RegisterStart asks nothing");
+    assert_eq!(std::mem::take(&mut *calls.lock()), ["register"], "RegisterStart calls nothing");
     client.upload("alice", "password").await.expect("taken names have the same answer");
-    assert!(asked.lock().is_empty());
+    assert!(calls.lock().is_empty());
     for name in ["alice", "nobody"] {
         let started = client.start_login(name, "wrong").await.expect("an answer");
-        assert_eq!(std::mem::take(&mut *asked.lock()), ["credentials"], "{name}");
+        assert_eq!(std::mem::take(&mut *calls.lock()), ["credentials"], "{name}");
         client.call::<OpaqueLoginFinish>(started.finish()).await.expect_err("a wrong password");
-        assert!(asked.lock().is_empty(), "{name}");
+        assert!(calls.lock().is_empty(), "{name}");
     }
 }
 

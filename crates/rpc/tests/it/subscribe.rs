@@ -16,7 +16,7 @@ use qpq_domain::Username;
 use qpq_mls::Identity;
 use qpq_ports::Clock as _;
 use qpq_proto::{
-    Event, Status, methods,
+    ServerEvent, Status, methods,
     v1::{
         DevicesChangedEvent, EnqueueRequest, FetchKeyPackageRequest, FetchRequest, LogoutRequest,
         PeekRequest, RegisterDeviceRequest, SubscribeRequest, UploadKeyPackageRequest, WakeEvent,
@@ -37,10 +37,10 @@ const OTHER_CHANNEL: Bytes = Bytes::from_static(&[0xc2; 16]);
 /// The events that a client has accepted, and the last one that it refused.
 struct Inbound {
     accepts: AtomicBool,
-    accepted: Mutex<VecDeque<Event>>,
+    accepted: Mutex<VecDeque<ServerEvent>>,
     /// The newest seq of each channel that `next_new` has returned.
     known: Mutex<HashMap<Bytes, u64>>,
-    refused: Mutex<Option<Event>>,
+    refused: Mutex<Option<ServerEvent>>,
     changed: Notify,
 }
 
@@ -58,7 +58,8 @@ impl Default for Inbound {
 
 impl Events for Inbound {
     fn send(&self, event_type: u16, payload: Bytes) -> bool {
-        let event = Event::decode(event_type, payload).expect("well-formed").expect("a known type");
+        let event =
+            ServerEvent::decode(event_type, payload).expect("well-formed").expect("a known type");
         let accepts = self.accepts.load(Ordering::SeqCst);
         if accepts {
             self.accepted.lock().push_back(event);
@@ -71,7 +72,7 @@ impl Events for Inbound {
 }
 
 impl Inbound {
-    async fn next(&self) -> Event {
+    async fn next(&self) -> ServerEvent {
         loop {
             if let Some(event) = self.accepted.lock().pop_front() {
                 return event;
@@ -81,10 +82,10 @@ impl Inbound {
     }
 
     /// Returns the next event, without repeated Wakes.
-    async fn next_new(&self) -> Event {
+    async fn next_new(&self) -> ServerEvent {
         loop {
             let event = self.next().await;
-            let Event::Wake(WakeEvent { channel_id, seq }) = &event else { return event };
+            let ServerEvent::Wake(WakeEvent { channel_id, seq }) = &event else { return event };
             let known = self.known.lock().insert(channel_id.clone(), *seq);
             if known.is_none_or(|known| known < *seq) {
                 return event;
@@ -92,7 +93,7 @@ impl Inbound {
         }
     }
 
-    async fn refused(&self, event: &Event) {
+    async fn refused(&self, event: &ServerEvent) {
         while self.refused.lock().as_ref() != Some(event) {
             self.changed.notified().await;
         }
@@ -120,8 +121,8 @@ async fn send_in(user: &User, channel_id: Bytes) {
     user.ok::<methods::Enqueue>(EnqueueRequest { channel_id, ..message(user, b"hello") }).await;
 }
 
-fn wake(channel_id: Bytes, seq: u64) -> Event {
-    Event::Wake(WakeEvent { channel_id, seq })
+fn wake(channel_id: Bytes, seq: u64) -> ServerEvent {
+    ServerEvent::Wake(WakeEvent { channel_id, seq })
 }
 
 /// Advances the runtime's time and runs the tasks that wait for it.
@@ -261,10 +262,10 @@ async fn a_slow_client_receives_draining_once() {
     server.rpc.drain();
     complete().await;
     pass(Duration::from_secs(5)).await;
-    assert!(matches!(*inbound.refused.lock(), Some(Event::Draining(_))));
+    assert!(matches!(*inbound.refused.lock(), Some(ServerEvent::Draining(_))));
     inbound.accepts.store(true, Ordering::SeqCst);
     pass(Duration::from_secs(10)).await;
-    assert!(matches!(inbound.next_new().await, Event::Draining(_)));
+    assert!(matches!(inbound.next_new().await, ServerEvent::Draining(_)));
     server.rpc.drained().await;
     pass(Duration::from_secs(10)).await;
     bob.send(&bob, b"hello").await;
@@ -324,7 +325,7 @@ async fn an_ended_session_receives_session_revoked_and_no_later_event() {
     subscribe(&first).await;
     subscribe(&second).await;
     bob.ok::<methods::Logout>(LogoutRequest::default()).await;
-    assert!(matches!(first_inbound.next_new().await, Event::SessionRevoked(_)));
+    assert!(matches!(first_inbound.next_new().await, ServerEvent::SessionRevoked(_)));
     waiters.subscribed(1).await;
     // The other session's subscription continues.
     second.send(&second, b"hello").await;
@@ -337,7 +338,7 @@ async fn an_ended_session_receives_session_revoked_and_no_later_event() {
     bob.again().await.send(&second, b"too late").await;
     complete().await;
     second_inbound.accepts.store(true, Ordering::SeqCst);
-    assert!(matches!(second_inbound.next_new().await, Event::SessionRevoked(_)));
+    assert!(matches!(second_inbound.next_new().await, ServerEvent::SessionRevoked(_)));
     waiters.subscribed(0).await;
     assert!(second_inbound.accepted.lock().is_empty());
 }
@@ -350,7 +351,7 @@ async fn an_expired_session_is_detected_within_ten_minutes() {
     waiters.waited(1).await;
     server.clock.advance(Duration::from_secs(31 * 24 * 3600));
     pass(Duration::from_secs(10 * 60)).await;
-    assert!(matches!(inbound.next_new().await, Event::SessionRevoked(_)));
+    assert!(matches!(inbound.next_new().await, ServerEvent::SessionRevoked(_)));
     waiters.subscribed(0).await;
 }
 
@@ -377,7 +378,9 @@ async fn draining_is_sent_to_all_subscribers_over_five_seconds() {
     pass(Duration::from_secs(4)).await;
     drained.await.expect("no panic");
     for (_, inbound) in &listeners {
-        let Event::Draining(event) = inbound.next_new().await else { panic!("another event") };
+        let ServerEvent::Draining(event) = inbound.next_new().await else {
+            panic!("another event")
+        };
         assert!((20_000..=30_000).contains(&event.deadline_ms), "{event:?}");
     }
     // Until the connection is closed its subscription continues.
@@ -421,7 +424,9 @@ async fn key_packages_low_is_sent_below_ten_packages_at_most_once_a_minute() {
     assert_eq!(inbound.next_new().await, wake(Bytes::new(), 1));
     // Nine packages are low.
     take(&alice, &bob).await;
-    let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
+    let ServerEvent::KeyPackagesLow(low) = inbound.next_new().await else {
+        panic!("another event")
+    };
     assert_eq!(low.available, 9);
     // KeyPackagesLow was sent less than a minute ago.
     take(&alice, &bob).await;
@@ -430,7 +435,9 @@ async fn key_packages_low_is_sent_below_ten_packages_at_most_once_a_minute() {
     assert_eq!(inbound.next_new().await, wake(Bytes::new(), 2));
     // A minute later, KeyPackagesLow is sent again with the current number.
     pass(Duration::from_secs(60)).await;
-    let Event::KeyPackagesLow(low) = inbound.next_new().await else { panic!("another event") };
+    let ServerEvent::KeyPackagesLow(low) = inbound.next_new().await else {
+        panic!("another event")
+    };
     assert_eq!(low.available, 7);
     assert!(other_inbound.accepted.lock().is_empty());
 }
@@ -450,6 +457,6 @@ async fn a_registered_and_a_renamed_device_are_reported_to_the_account() {
         assert!(alice.ok::<methods::RegisterDevice>(device).await.success);
         // Registration of the first device changes the reader of the inbox, which also sends a
         // Wake.
-        while inbound.next().await != Event::DevicesChanged(DevicesChangedEvent {}) {}
+        while inbound.next().await != ServerEvent::DevicesChanged(DevicesChangedEvent {}) {}
     }
 }

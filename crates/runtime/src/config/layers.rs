@@ -133,7 +133,11 @@ fn text_of(
             Ok(value) => Some((name, value)),
             Err(_) => {
                 let must_be = "valid UTF-8".into();
-                problems.push(Problem::Broken { at: "environment".into(), path: name, must_be });
+                problems.push(Problem::RuleBroken {
+                    at: "environment".into(),
+                    path: name,
+                    must_be,
+                });
                 None
             }
         })

@@ -84,7 +84,7 @@ pub fn load<T: Settings>(sources: Sources) -> Result<Loaded<T>, ConfigError> {
     let mut reader = SettingReader::new(&merged, &mut problems);
     settings.read("", &mut reader);
     if problems.is_empty() {
-        problems.extend(settings.validate().into_iter().map(|broken| Problem::Broken {
+        problems.extend(settings.validate().into_iter().map(|broken| Problem::RuleBroken {
             at: layers::origin(&merged, broken.path).unwrap_or_else(|| "default".into()),
             path: broken.path.into(),
             must_be: broken.must_be,

@@ -16,7 +16,7 @@ pub enum Problem {
     /// A value of the wrong kind. `given` is absent for secrets.
     NotAllowed { at: String, path: String, given: Option<String>, allowed: String },
     /// A value that breaks a rule of the program.
-    Broken { at: String, path: String, must_be: String },
+    RuleBroken { at: String, path: String, must_be: String },
 }
 
 impl fmt::Display for Problem {
@@ -43,7 +43,7 @@ impl fmt::Display for Problem {
             Self::NotAllowed { at, path, given: None, allowed } => {
                 write!(f, "{at}: {path} must be {allowed}")
             }
-            Self::Broken { at, path, must_be } => write!(f, "{at}: {path} must be {must_be}"),
+            Self::RuleBroken { at, path, must_be } => write!(f, "{at}: {path} must be {must_be}"),
         }
     }
 }

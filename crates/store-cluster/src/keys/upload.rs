@@ -99,7 +99,7 @@ async fn upload(
     }
     let new = match known.choose(packages) {
         Ok(new) => new,
-        Err(index) => return Ok(Upload::GivenOut(index)),
+        Err(index) => return Ok(Upload::Taken(index)),
     };
     let account = owner.account;
     let others = new.iter().map(|package| PackageOwner { account, device: package.device });

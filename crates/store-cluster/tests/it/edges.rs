@@ -118,7 +118,7 @@ async fn claims_on_three_edges_never_share_a_package_and_never_run_dry() {
             let again = if n == 200 { package(n) } else { last_resort(n) };
             let there = Upload::Stored(Stock { available: 0, has_last_resort: true });
             let outcome = upload(&stores[2], alice, vec![again]).await;
-            assert_eq!(outcome, if n == 200 { there } else { Upload::GivenOut(0) });
+            assert_eq!(outcome, if n == 200 { there } else { Upload::Taken(0) });
         }
     }
 }
@@ -154,7 +154,7 @@ async fn a_last_resort_that_is_replaced_is_never_missing() {
     for n in seen.into_iter().filter(|n| *n != 100) {
         assert_eq!(
             upload(&stores[0], alice, vec![package(n)]).await,
-            Upload::GivenOut(0),
+            Upload::Taken(0),
             "{n} was given out"
         );
     }

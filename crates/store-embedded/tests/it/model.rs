@@ -81,7 +81,7 @@ struct Group {
 struct Packages {
     /// The packages, in the order of their upload.
     stored: Vec<StoredPackage>,
-    given_out: HashMap<u8, UnixMillis>,
+    taken: HashMap<u8, UnixMillis>,
 }
 
 #[derive(Clone, Copy)]
@@ -607,8 +607,8 @@ impl Model {
             if stored.iter().any(|package| package.n == *n) {
                 continue;
             }
-            if kept.given_out.get(n).is_some_and(|until| *until >= now) {
-                return format!("GivenOut({index})");
+            if kept.taken.get(n).is_some_and(|until| *until >= now) {
+                return format!("Taken({index})");
             }
             if *last_resort {
                 stored.retain(|package| !package.last_resort || package.device != *device);
@@ -648,7 +648,7 @@ impl Model {
         if !last_resort {
             kept.stored.remove(index);
         }
-        kept.given_out.insert(n, until);
+        kept.taken.insert(n, until);
         Some((n, last_resort))
     }
 

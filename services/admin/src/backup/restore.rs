@@ -23,7 +23,9 @@ use qpq_domain::StoreLimits;
 use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, OldSessions, SystemClock};
 use qpq_runtime::data_dir::DataDir;
-use qpq_store_embedded::{Claim, DATABASE_FILE, EmbeddedStore, RESTORING_FILE, TRANSFERRED_FILE};
+use qpq_store_embedded::{
+    Claim, DATABASE_FILE, EmbeddedStore, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE,
+};
 
 use super::{
     manifest::Manifest,
@@ -32,7 +34,6 @@ use super::{
 };
 
 const STAGE: &str = "restoring";
-const LOCK_FILE: &str = "lock";
 
 /// The effects of ended sessions on the users of the server, printed after a restore.
 pub(super) const SESSIONS_ENDED: &str = "\

@@ -73,16 +73,8 @@ struct Sources {
 impl Sources {
     /// Returns the names of a new certificate, the same ones as `qpq-server` uses.
     fn certificate_names(&self) -> Vec<String> {
-        let mut names = vec![self.domain.clone()];
-        let others = ["localhost", "127.0.0.1", "::1"].map(String::from);
-        for name in
-            others.into_iter().chain(self.names.iter().filter(|name| !name.is_empty()).cloned())
-        {
-            if !names.contains(&name) {
-                names.push(name);
-            }
-        }
-        names
+        let others = self.names.iter().filter(|name| !name.is_empty());
+        qpq_server::certificate_names(&self.domain, others)
     }
 }
 

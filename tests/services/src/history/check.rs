@@ -44,7 +44,7 @@ pub enum Violation {
     /// A delivered message although the server refused every attempt to send it.
     DeliveredThoughRefused { inbox: Inbox, seq: Seq, id: MessageId },
     /// A delivered message that was not sent to this inbox.
-    Invented { inbox: Inbox, seq: Seq, tag: Tag },
+    NotSent { inbox: Inbox, seq: Seq, tag: Tag },
     /// A message whose delivery ended before its first Enqueue began.
     DeliveredBeforeSent { inbox: Inbox, seq: Seq, id: MessageId },
     /// A message that was lost with a history of the store, and was delivered in another one
@@ -126,7 +126,7 @@ pub(super) fn check(logs: &[Log], changes: &[StoreChange]) -> Report {
     check.deliveries.dedup();
     let acknowledged = check.acknowledgements();
     check.seqs(&acknowledged);
-    check.fates(&acknowledged)
+    check.losses(&acknowledged)
 }
 
 /// A message to one inbox, with all its attempts.
@@ -255,7 +255,7 @@ impl Check {
                 }
                 match index {
                     Some(index) => self.delivery(index, place, read),
-                    None => self.violation(Violation::Invented { inbox, seq, tag }),
+                    None => self.violation(Violation::NotSent { inbox, seq, tag }),
                 }
             }
         }
@@ -387,7 +387,7 @@ impl Check {
             let first = sightings.partition_point(|(other, _)| other < place);
             sightings.get(first).is_none_or(|(other, _)| other != place)
                 && !taken.contains_key(place)
-                && own.iter().all(|other| !self.are_together(place, other))
+                && own.iter().all(|other| !self.in_one_history(place, other))
         };
         let lost = |place: &Place| is_free(place) && !self.stores.survives(*place);
         let find = |wanted: &dyn Fn(&Place) -> bool| places.iter().copied().find(wanted);
@@ -396,7 +396,7 @@ impl Check {
     }
 
     /// Returns whether one history has the messages at both places.
-    fn are_together(&self, one: &Place, other: &Place) -> bool {
+    fn in_one_history(&self, one: &Place, other: &Place) -> bool {
         self.stores.has(one.branch, *other) || self.stores.has(other.branch, *one)
     }
 
@@ -430,7 +430,7 @@ impl Check {
             let Some(message) = places[0].1 else { continue };
             for (n, (one, _)) in places.iter().enumerate() {
                 for (other, _) in &places[n + 1..] {
-                    if self.are_together(one, other) {
+                    if self.in_one_history(one, other) {
                         let Message { inbox, id, .. } = self.messages.all[message];
                         let seqs = [one.seq, other.seq];
                         self.violation(Violation::TwoSeqs { inbox, id, seqs });
@@ -455,7 +455,7 @@ impl Check {
     }
 
     /// Checks that each acknowledged message was delivered, unless it was lost with its history.
-    fn fates(mut self, acknowledged: &[Acknowledged]) -> Report {
+    fn losses(mut self, acknowledged: &[Acknowledged]) -> Report {
         for message in &self.messages.all {
             self.report.messages += 1;
             self.report.unknown += usize::from(!message.answered);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use qpq_domain::{ChannelId, Seq};
 use qpq_proto::{
-    Event,
+    ServerEvent,
     v1::{DevicesChangedEvent, DrainingEvent, KeyPackagesLowEvent, SessionRevokedEvent, WakeEvent},
 };
 use tokio::time::Instant;
@@ -82,23 +82,23 @@ impl Outgoing {
     }
 
     /// Returns the event as it is sent at `now`.
-    pub(super) fn event(&self, now: Instant) -> Event {
+    pub(super) fn event(&self, now: Instant) -> ServerEvent {
         match self {
-            Self::SessionRevoked => {
-                Event::SessionRevoked(SessionRevokedEvent { reason: SESSION_ENDED.to_owned() })
-            }
+            Self::SessionRevoked => ServerEvent::SessionRevoked(SessionRevokedEvent {
+                reason: SESSION_ENDED.to_owned(),
+            }),
             Self::Draining { closing_at } => {
                 let left = closing_at.saturating_duration_since(now).as_millis();
                 let deadline_ms = u64::try_from(left).unwrap_or(u64::MAX);
-                Event::Draining(DrainingEvent { deadline_ms })
+                ServerEvent::Draining(DrainingEvent { deadline_ms })
             }
             Self::KeyPackagesLow { available } => {
-                Event::KeyPackagesLow(KeyPackagesLowEvent { available: *available })
+                ServerEvent::KeyPackagesLow(KeyPackagesLowEvent { available: *available })
             }
-            Self::DevicesChanged => Event::DevicesChanged(DevicesChangedEvent {}),
+            Self::DevicesChanged => ServerEvent::DevicesChanged(DevicesChangedEvent {}),
             Self::Wake { channel, seq } => {
                 let channel_id = Bytes::copy_from_slice(channel.as_bytes());
-                Event::Wake(WakeEvent { channel_id, seq: seq.0 })
+                ServerEvent::Wake(WakeEvent { channel_id, seq: seq.0 })
             }
         }
     }

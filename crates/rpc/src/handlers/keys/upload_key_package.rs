@@ -41,9 +41,9 @@ impl Handler for methods::UploadKeyPackage {
         let stored = cx.app.stores.key_packages.upload(owner, packages, mode, cx.now);
         let Stock { available, .. } = match stored.await? {
             Upload::Stored(stock) => stock,
-            Upload::GivenOut(index) => {
+            Upload::Taken(index) => {
                 let field = uploads.get(index).map_or("package", |upload| upload.field);
-                return Err(Error::invalid_package(field, HandedOut));
+                return Err(Error::invalid_package(field, KeyPackageTaken));
             }
             Upload::Full => return Err(Error::KeyPackagesFull),
         };
@@ -66,7 +66,7 @@ struct Uploaded<'a> {
 /// The refusal of a package that was handed out before.
 #[derive(Debug, thiserror::Error)]
 #[error("the KeyPackage was handed out before")]
-struct HandedOut;
+struct KeyPackageTaken;
 
 /// Returns all packages of a request, at least one. `last_resort` applies to `package` alone.
 fn uploads<'a>(

@@ -14,7 +14,7 @@ use crate::harness::{Server, new_identity};
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 #[tokio::test]
-async fn packages_are_handed_out_once_unchanged_and_oldest_first() {
+async fn packages_are_taken_once_unchanged_and_oldest_first() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 3);
@@ -77,7 +77,7 @@ async fn the_last_resort_package_is_returned_when_no_other_is_left_and_stays() {
 }
 
 #[tokio::test]
-async fn an_expired_package_is_not_handed_out() {
+async fn an_expired_package_is_not_taken() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.ok::<methods::UploadKeyPackage>(upload(&packages(&server, &alice, 1))).await;

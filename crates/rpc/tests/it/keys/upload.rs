@@ -93,7 +93,7 @@ async fn an_upload_of_a_stored_package_has_no_effect() {
 }
 
 #[tokio::test]
-async fn a_package_that_was_handed_out_is_refused() {
+async fn a_package_that_was_taken_is_refused() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let packages = packages(&server, &alice, 2);

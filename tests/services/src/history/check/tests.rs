@@ -227,7 +227,7 @@ proptest! {
 
         let mut with = logs.clone();
         with.push(read.clone());
-        prop_assert_eq!(violations(&with), [Violation::Invented { inbox, seq, tag }]);
+        prop_assert_eq!(violations(&with), [Violation::NotSent { inbox, seq, tag }]);
         with.push(stranger_sends(inbox, id, tag, Outcome::Refused));
         prop_assert_eq!(violations(&with), [Violation::DeliveredThoughRefused { inbox, seq, id }]);
         // One attempt that may have taken effect is enough.

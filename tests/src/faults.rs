@@ -17,7 +17,7 @@ use crate::{
 
 /// One fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Strike {
+pub enum Fault {
     KillEdge,
     KillRedis,
     FlushRedis,
@@ -39,22 +39,22 @@ pub enum Strike {
     Store(Change),
 }
 
-const ALL: [Strike; 15] = [
-    Strike::KillEdge,
-    Strike::KillRedis,
-    Strike::FlushRedis,
-    Strike::RollRedisBack,
-    Strike::KillNats,
-    Strike::KillPostgres,
-    Strike::RestartPostgres,
-    Strike::CutReaders,
-    Strike::KillEdgeAndRedis,
-    Strike::KillRedisAndNats,
-    Strike::WrongClock,
-    Strike::Store(Change::FailOver),
-    Strike::Store(Change::FailOverToLagging),
-    Strike::Store(Change::Recover),
-    Strike::Store(Change::RestoreCopy),
+const ALL: [Fault; 15] = [
+    Fault::KillEdge,
+    Fault::KillRedis,
+    Fault::FlushRedis,
+    Fault::RollRedisBack,
+    Fault::KillNats,
+    Fault::KillPostgres,
+    Fault::RestartPostgres,
+    Fault::CutReaders,
+    Fault::KillEdgeAndRedis,
+    Fault::KillRedisAndNats,
+    Fault::WrongClock,
+    Fault::Store(Change::FailOver),
+    Fault::Store(Change::FailOverToLagging),
+    Fault::Store(Change::Recover),
+    Fault::Store(Change::RestoreCopy),
 ];
 
 /// The offsets of wrong clocks.
@@ -65,17 +65,17 @@ const DOWN: Duration = Duration::from_millis(500);
 
 /// A source of faults: each kind in turn, in a new random order in each round.
 #[derive(Debug)]
-pub struct Havoc {
+pub struct FaultInjector {
     random: StdRng,
-    deck: Vec<Strike>,
+    deck: Vec<Fault>,
     /// The maximum number of messages that a change of the store loses on purpose.
     max_lag: u64,
     snapshot: Snapshot,
     store: StoreHistory,
-    struck: Vec<Strike>,
+    injected: Vec<Fault>,
 }
 
-impl Havoc {
+impl FaultInjector {
     pub async fn new(cluster: &Cluster, seed: u64, max_lag: u64) -> anyhow::Result<Self> {
         Ok(Self {
             random: StdRng::seed_from_u64(seed),
@@ -83,73 +83,73 @@ impl Havoc {
             max_lag,
             snapshot: cluster.redis.snapshot().await?,
             store: StoreHistory::of(cluster).await?,
-            struck: Vec::new(),
+            injected: Vec::new(),
         })
     }
 
     /// Causes the next fault. All edges and stores run when this returns.
-    pub async fn strike(&mut self, cluster: &Cluster, traffic: &Traffic) -> anyhow::Result<()> {
+    pub async fn inject(&mut self, cluster: &Cluster, traffic: &Traffic) -> anyhow::Result<()> {
         if self.deck.is_empty() {
             self.deck = ALL.to_vec();
             self.deck.shuffle(&mut self.random);
         }
-        let strike = self.deck.pop().expect("the deck was filled");
+        let fault = self.deck.pop().expect("the deck was filled");
         let edge = self.random.gen_range(0..cluster.entry_points().addrs.len());
         let down = DOWN.mul_f64(self.random.r#gen());
-        match strike {
-            Strike::KillEdge => {
+        match fault {
+            Fault::KillEdge => {
                 cluster.kill_edge(edge).await?;
                 cluster.set_clock(edge, None);
                 cluster.start_edge(edge).await?;
             }
-            Strike::WrongClock => {
+            Fault::WrongClock => {
                 cluster.kill_edge(edge).await?;
                 cluster.set_clock(edge, OFFSETS.choose(&mut self.random).copied());
                 cluster.start_edge(edge).await?;
                 let status = cluster.health(edge).await?.status;
                 ensure!(status == "degraded", "an edge with a wrong clock is {status}");
             }
-            Strike::KillRedis => {
+            Fault::KillRedis => {
                 cluster.redis.kill9().await?;
                 sleep(down).await;
                 cluster.redis.start_again().await?;
             }
-            Strike::FlushRedis => cluster.redis.flush_all().await?,
-            Strike::RollRedisBack => cluster.redis.roll_back_to(&self.snapshot).await?,
-            Strike::KillNats => {
+            Fault::FlushRedis => cluster.redis.flush_all().await?,
+            Fault::RollRedisBack => cluster.redis.roll_back_to(&self.snapshot).await?,
+            Fault::KillNats => {
                 cluster.nats.kill9().await?;
                 sleep(down).await;
                 cluster.nats.start_again().await?;
             }
-            Strike::KillPostgres => {
+            Fault::KillPostgres => {
                 cluster.postgres.kill9().await?;
                 sleep(down).await;
                 cluster.postgres.start_again().await?;
             }
-            Strike::RestartPostgres => cluster.postgres.restart().await?,
-            Strike::CutReaders => traffic.cut_readers(),
-            Strike::KillEdgeAndRedis => {
+            Fault::RestartPostgres => cluster.postgres.restart().await?,
+            Fault::CutReaders => traffic.cut_readers(),
+            Fault::KillEdgeAndRedis => {
                 tokio::try_join!(cluster.kill_edge(edge), cluster.redis.kill9())?;
                 sleep(down).await;
                 cluster.redis.start_again().await?;
                 cluster.start_edge(edge).await?;
             }
-            Strike::KillRedisAndNats => {
+            Fault::KillRedisAndNats => {
                 tokio::try_join!(cluster.nats.kill9(), cluster.redis.kill9())?;
                 sleep(down).await;
                 tokio::try_join!(cluster.nats.start_again(), cluster.redis.start_again())?;
             }
-            Strike::Store(change) => {
+            Fault::Store(change) => {
                 let lag = self.random.gen_range(1..=self.max_lag);
                 self.store.change(change, cluster, traffic, lag).await?;
             }
         }
         // There is no new snapshot after a change of the store, so that Redis may also go back to a
         // state of another history.
-        if !matches!(strike, Strike::Store(_)) {
+        if !matches!(fault, Fault::Store(_)) {
             self.snapshot = cluster.redis.snapshot().await?;
         }
-        self.struck.push(strike);
+        self.injected.push(fault);
         Ok(())
     }
 }
@@ -164,55 +164,55 @@ pub struct Campaign {
 
 /// The result of a run.
 #[derive(Debug)]
-pub struct HavocReport {
+pub struct CampaignReport {
     pub summary: Summary,
-    pub strikes: Vec<Strike>,
+    pub faults: Vec<Fault>,
 }
 
 impl Campaign {
     /// Runs the traffic through three edges as processes, with all faults.
-    pub async fn run(self) -> anyhow::Result<HavocReport> {
+    pub async fn run(self) -> anyhow::Result<CampaignReport> {
         let plan = Plan { place: Place::Apart, seed: self.traffic.seed, ..Plan::default() };
         let cluster = Cluster::start(plan).await?;
         // The accounts are created first, because a backup without them is of no use.
         let traffic = Traffic::start(&cluster, self.traffic).await?;
         let max_lag = (self.every / 2).max(1);
-        let mut havoc = Havoc::new(&cluster, self.traffic.seed, max_lag).await?;
+        let mut injector = FaultInjector::new(&cluster, self.traffic.seed, max_lag).await?;
         let mut next = 0;
         loop {
-            next += havoc.random.gen_range(1..=2 * self.every);
+            next += injector.random.gen_range(1..=2 * self.every);
             if next >= self.traffic.messages {
                 break;
             }
             traffic.acknowledged(next).await;
-            havoc.strike(&cluster, &traffic).await?;
+            injector.inject(&cluster, &traffic).await?;
         }
         let summary = traffic.finish(&cluster).await?;
-        Ok(HavocReport { summary, strikes: havoc.struck })
+        Ok(CampaignReport { summary, faults: injector.injected })
     }
 }
 
-impl fmt::Display for HavocReport {
+impl fmt::Display for CampaignReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { summary: Summary { report, calls, refused, lost, .. }, strikes } = self;
+        let Self { summary: Summary { report, calls, refused, lost, .. }, faults } = self;
         write!(
             f,
             "{report}{calls} calls, {refused} refused temporarily, {} without an answer; {} faults:",
             lost.len(),
-            strikes.len()
+            faults.len()
         )?;
         for kind in ALL {
-            write!(f, " {kind} {}", strikes.iter().filter(|strike| **strike == kind).count())?;
+            write!(f, " {kind} {}", faults.iter().filter(|fault| **fault == kind).count())?;
         }
         writeln!(f)
     }
 }
 
-impl fmt::Display for Strike {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Store(change) => write!(f, "{change:?}"),
-            strike => write!(f, "{strike:?}"),
+            fault => write!(f, "{fault:?}"),
         }
     }
 }
