@@ -26,9 +26,9 @@ use crate::{
     secret::{ExportKey, Password},
 };
 
-/// The shortest time limit of an attempt. With less, the last attempt before the end of patience
+/// The minimum time limit of an attempt. With less, the last attempt before the end of patience
 /// could not succeed.
-const SHORTEST_TRY: Duration = Duration::from_secs(1);
+const MIN_ATTEMPT: Duration = Duration::from_secs(1);
 
 /// A client of one server, which reconnects when the connection is lost. Cheap to clone; all clones
 /// share the connection and the session.
@@ -159,7 +159,7 @@ impl Client {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
         let repeat = call::repeat::<M>(&request);
         let until = self.patience();
-        let mut limit = self.try_limit::<M>(&request);
+        let mut limit = self.attempt_limit::<M>(&request);
         let mut failures = 0;
         loop {
             let live = self.shared.link.live(until).await?;
@@ -174,7 +174,7 @@ impl Client {
             if !self.pause(&error, failures, until).await {
                 return Err(error);
             }
-            limit = limit.min(until.saturating_duration_since(Instant::now()).max(SHORTEST_TRY));
+            limit = limit.min(until.saturating_duration_since(Instant::now()).max(MIN_ATTEMPT));
         }
     }
 
@@ -185,7 +185,7 @@ impl Client {
         request: M::Request,
     ) -> Result<M::Response, CallError> {
         let payload = call::encode::<M>(&request, self.shared.token.read().as_ref())?;
-        self.exchange::<M>(live, payload, self.try_limit::<M>(&request)).await
+        self.exchange::<M>(live, payload, self.attempt_limit::<M>(&request)).await
     }
 
     /// Registers an account. The password never leaves this machine. A signature of `identity`
@@ -305,7 +305,7 @@ impl Client {
         let request = v1::LogoutRequest::default();
         let payload = call::encode::<methods::Logout>(&request, Some(&token))?;
         let live = self.shared.link.live(self.patience()).await?;
-        let limit = self.try_limit::<methods::Logout>(&request);
+        let limit = self.attempt_limit::<methods::Logout>(&request);
         self.exchange::<methods::Logout>(&live, payload, limit).await.map(drop)
     }
 
@@ -331,7 +331,7 @@ impl Client {
         let payload =
             call::encode::<methods::Subscribe>(&request, self.shared.token.read().as_ref())?;
         let events = live.connection().events();
-        let limit = self.try_limit::<methods::Subscribe>(&request);
+        let limit = self.attempt_limit::<methods::Subscribe>(&request);
         match self.exchange::<methods::Subscribe>(&live, payload, limit).await {
             Ok(_) => {}
             Err(CallError::Server(error)) if error.status == Status::UnknownMethod => {
@@ -394,7 +394,7 @@ impl Client {
 
     /// Returns the time limit of one attempt. That of an ordinary call leaves time for a second
     /// attempt within the client's patience.
-    fn try_limit<M: Method>(&self, request: &M::Request) -> Duration {
+    fn attempt_limit<M: Method>(&self, request: &M::Request) -> Duration {
         let limit = call::time_limit::<M>(request);
         match M::INFO.deadline {
             DeadlineClass::Wait | DeadlineClass::Blob => limit,
@@ -446,7 +446,7 @@ impl Client {
         request: &M::Request,
     ) -> Result<M::Response, AuthError> {
         let payload = call::encode::<M>(request, None)?;
-        self.exchange::<M>(live, payload, self.try_limit::<M>(request))
+        self.exchange::<M>(live, payload, self.attempt_limit::<M>(request))
             .await
             .map_err(AuthError::from_call)
     }

@@ -16,7 +16,7 @@ use crate::{
 /// The time after which the next address is also tried.
 const HEAD_START: Duration = Duration::from_millis(250);
 /// The maximum number of addresses that are tried.
-const MOST: usize = 8;
+const MAX_ADDRESSES: usize = 8;
 
 /// A server by its name.
 #[derive(Debug)]
@@ -29,9 +29,9 @@ pub(crate) struct Target {
 #[derive(Debug)]
 pub(crate) enum Failed {
     /// Further attempts would fail, too.
-    ForGood(ConnectError),
+    Permanent(ConnectError),
     /// A later attempt may succeed.
-    ForNow(NoConnection),
+    Temporary(NoConnection),
 }
 
 impl Target {
@@ -55,9 +55,9 @@ impl Target {
     /// Connects from a new UDP port, to the address that answers first.
     pub(crate) async fn dial(&self, dialer: &Dialer) -> Result<Connection, Failed> {
         let found = lookup_host((self.host.as_str(), self.port)).await.map_err(|error| {
-            Failed::ForNow(format!("cannot look up {}: {error}", self.host).into())
+            Failed::Temporary(format!("cannot look up {}: {error}", self.host).into())
         })?;
-        let addresses: Vec<_> = found.take(MOST).collect();
+        let addresses: Vec<_> = found.take(MAX_ADDRESSES).collect();
         let head_start = head_start(&addresses);
         let mut attempts: FuturesUnordered<_> = (0..)
             .zip(addresses)
@@ -66,11 +66,11 @@ impl Target {
                 dialer.connect(address, self.name()).await
             })
             .collect();
-        let mut failure = Failed::ForNow(format!("{} has no address", self.host).into());
+        let mut failure = Failed::Temporary(format!("{} has no address", self.host).into());
         while let Some(outcome) = attempts.next().await {
             match outcome.map_err(Failed::from) {
                 Ok(connection) => return Ok(connection),
-                Err(failed) if !matches!(failure, Failed::ForGood(_)) => failure = failed,
+                Err(failed) if !matches!(failure, Failed::Permanent(_)) => failure = failed,
                 Err(_) => {}
             }
         }
@@ -90,16 +90,16 @@ impl From<transport::ConnectError> for Failed {
         use transport::ConnectError as Seen;
         let text = error.to_string();
         match error {
-            Seen::Refused => Self::ForNow(NoConnection::Full),
-            Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::ForNow(text.into()),
+            Seen::Refused => Self::Temporary(NoConnection::Full),
+            Seen::TimedOut | Seen::Lost(_) | Seen::Socket(_) => Self::Temporary(text.into()),
             Seen::PinMismatch { expected, seen } => {
-                Self::ForGood(ConnectError::PinMismatch { expected, seen })
+                Self::Permanent(ConnectError::PinMismatch { expected, seen })
             }
-            Seen::Untrusted(reason) => Self::ForGood(ConnectError::Untrusted { reason }),
+            Seen::Untrusted(reason) => Self::Permanent(ConnectError::Untrusted { reason }),
             Seen::WrongProtocol | Seen::NoCertificate | Seen::Tls(_) => {
-                Self::ForGood(ConnectError::NotQpq { reason: text })
+                Self::Permanent(ConnectError::NotQpq { reason: text })
             }
-            Seen::Invalid { .. } => Self::ForGood(ConnectError::Misconfigured { reason: text }),
+            Seen::Invalid { .. } => Self::Permanent(ConnectError::Misconfigured { reason: text }),
         }
     }
 }
@@ -123,20 +123,20 @@ mod tests {
     #[test]
     fn only_temporary_failures_are_retried() {
         use transport::{ConnectError as Seen, Lost};
-        for passing in [Seen::Refused, Seen::TimedOut, Seen::Lost(Lost::Reset)] {
-            assert!(matches!(Failed::from(passing), Failed::ForNow(_)));
+        for temporary in [Seen::Refused, Seen::TimedOut, Seen::Lost(Lost::Reset)] {
+            assert!(matches!(Failed::from(temporary), Failed::Temporary(_)));
         }
         let full = Failed::from(Seen::Refused);
-        assert!(matches!(full, Failed::ForNow(NoConnection::Full)), "{full:?}");
+        assert!(matches!(full, Failed::Temporary(NoConnection::Full)), "{full:?}");
         assert!(NoConnection::Full.to_string().starts_with("The server is full"));
         let strangers = [Seen::WrongProtocol, Seen::NoCertificate, Seen::Tls("alert".into())];
         for stranger in strangers {
             let failed = Failed::from(stranger);
-            assert!(matches!(failed, Failed::ForGood(ConnectError::NotQpq { .. })), "{failed:?}");
+            assert!(matches!(failed, Failed::Permanent(ConnectError::NotQpq { .. })), "{failed:?}");
         }
         let [expected, seen] = [1, 2].map(|n| qpq_transport::Fingerprint::from([n; 32]));
         let failed = Failed::from(Seen::PinMismatch { expected, seen });
-        let Failed::ForGood(error) = failed else { panic!("{failed:?}") };
+        let Failed::Permanent(error) = failed else { panic!("{failed:?}") };
         assert_eq!(error, ConnectError::PinMismatch { expected, seen });
     }
 

@@ -69,7 +69,7 @@ struct Slot {
     /// The dialer pinned to the first connection's certificate, if trust is on first use.
     pinned: Option<Dialer>,
     /// The number of consecutive connections that were lost before their first answer.
-    barren: u32,
+    unanswered: u32,
 }
 
 /// A connection that was alive when a call received it. The last call to end closes it.
@@ -127,7 +127,7 @@ impl Live {
 
     /// Returns the number of consecutive connections without an answer, up to this one: 0 if this
     /// one had an answer. `before` counts those before it.
-    fn barren_after(&self, before: u32) -> u32 {
+    fn unanswered_after(&self, before: u32) -> u32 {
         if self.answered.load(Ordering::Relaxed) { 0 } else { before + 1 }
     }
 }
@@ -168,7 +168,7 @@ impl Link {
         if let Some(live) = slot.alive() {
             return Ok(live);
         }
-        let mut failures = slot.barren;
+        let mut failures = slot.unanswered;
         loop {
             let attempt = Instant::now() + self.backoff.delay(failures, OsRng.next_u64());
             if attempt > until {
@@ -188,11 +188,11 @@ impl Link {
                     slot.live = Some(Arc::clone(&live));
                     return Ok(live);
                 }
-                Err(Failed::ForGood(error)) => {
+                Err(Failed::Permanent(error)) => {
                     self.report_loss(error.to_string().into());
                     return Err(error.into());
                 }
-                Err(Failed::ForNow(why)) => {
+                Err(Failed::Temporary(why)) => {
                     tracing::debug!(reason = %why, "no connection");
                     self.report_loss(why.clone());
                     reason = why;
@@ -217,7 +217,7 @@ impl Link {
     pub(crate) async fn retire(&self, live: &Arc<Live>) {
         let mut slot = self.slot.lock().await;
         if slot.live.as_ref().is_some_and(|current| Arc::ptr_eq(current, live)) {
-            slot.barren = live.barren_after(slot.barren);
+            slot.unanswered = live.unanswered_after(slot.unanswered);
             slot.live = None;
         }
     }
@@ -286,14 +286,14 @@ impl Link {
 }
 
 impl Slot {
-    /// Returns the connection if it is alive. A lost connection is dropped, and counted as barren
-    /// if it had no answer.
+    /// Returns the connection if it is alive. A lost connection is dropped, and counted in
+    /// `unanswered` if it had no answer.
     fn alive(&mut self) -> Option<Arc<Live>> {
         let live = self.live.as_ref()?;
         if live.connection.lost().is_none() {
             return Some(Arc::clone(live));
         }
-        self.barren = live.barren_after(self.barren);
+        self.unanswered = live.unanswered_after(self.unanswered);
         self.live = None;
         None
     }

@@ -25,7 +25,7 @@ pub struct Content {
 
 /// The content of an application message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Said {
+pub(crate) enum MessageContent {
     Text(Content),
     /// The sender could not read these messages, named by the SHA-256 of their bytes.
     CouldNotRead(Vec<[u8; 32]>),
@@ -41,7 +41,7 @@ struct Control {
     leaving: bool,
 }
 
-impl Said {
+impl MessageContent {
     /// Decodes a message; `None` if the bytes are no message of a known version.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&CONTROL_VERSION, protobuf) = bytes.split_first()? else {
@@ -57,13 +57,13 @@ impl Said {
     }
 }
 
-/// Encodes a [`Said::CouldNotRead`].
+/// Encodes a [`MessageContent::CouldNotRead`].
 pub(crate) fn could_not_read(digests: &[[u8; 32]]) -> Vec<u8> {
     let could_not_read = digests.iter().map(|one| one.to_vec()).collect();
     encode(&Control { could_not_read, ..Control::default() })
 }
 
-/// Encodes a [`Said::Leaving`].
+/// Encodes a [`MessageContent::Leaving`].
 pub(crate) fn leaving() -> Vec<u8> {
     encode(&Control { leaving: true, ..Control::default() })
 }
@@ -139,10 +139,16 @@ mod tests {
 
     #[test]
     fn encoded_contents_decode() {
-        assert_eq!(Said::decode(&content().encode()), Some(Said::Text(content())));
+        assert_eq!(
+            MessageContent::decode(&content().encode()),
+            Some(MessageContent::Text(content()))
+        );
         let question = could_not_read(&[[1; 32], [2; 32]]);
-        assert_eq!(Said::decode(&question), Some(Said::CouldNotRead(vec![[1; 32], [2; 32]])));
-        assert_eq!(Said::decode(&could_not_read(&[])), None);
+        assert_eq!(
+            MessageContent::decode(&question),
+            Some(MessageContent::CouldNotRead(vec![[1; 32], [2; 32]]))
+        );
+        assert_eq!(MessageContent::decode(&could_not_read(&[])), None);
     }
 
     #[test]
@@ -152,7 +158,7 @@ mod tests {
         assert_eq!(Content::decode(&longer), Some(content()));
         let mut newer = content().encode();
         newer[0] = 3;
-        assert_eq!(Said::decode(&newer), None);
+        assert_eq!(MessageContent::decode(&newer), None);
         assert_eq!(Content::decode(&[]), None);
     }
 

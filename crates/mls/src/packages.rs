@@ -152,7 +152,7 @@ pub(crate) fn remove_expired(database: &Database, now: UnixMillis) -> Result<(),
 }
 
 fn damaged() -> DatabaseError {
-    DatabaseError::Damaged("a KeyPackage is cut short".into())
+    DatabaseError::Damaged("a key package is cut short".into())
 }
 
 impl Package {

@@ -24,7 +24,7 @@ use crate::{
     requests,
     summary::GroupSummary,
     tables,
-    waiting::{self, Needs, PutAside},
+    waiting::{self, Needs, WaitingMessage},
 };
 
 /// The first bytes of the server's request that all members renew their keys.
@@ -91,22 +91,26 @@ impl Client {
     }
 
     /// Removes the messages that have waited too long, and returns them as lost.
-    pub fn give_up_waiting(&mut self, now: UnixMillis) -> Result<Vec<Unreadable>, DatabaseError> {
+    pub fn remove_expired_waiting(
+        &mut self,
+        now: UnixMillis,
+    ) -> Result<Vec<Unreadable>, DatabaseError> {
         let over = waiting::remove_if(&self.database, |message| {
             message.arrival.at.plus(waiting::RETENTION) <= now
         })?;
-        Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
+        Ok(over.into_iter().map(|message| message.into_unreadable(Lost::NeverCame)).collect())
     }
 
     /// Removes the messages of unknown groups that satisfy `is_over`, and returns them as lost.
-    pub fn give_up_on(
+    pub fn remove_waiting_if(
         &mut self,
         is_over: impl Fn(&Unreadable) -> bool,
     ) -> Result<Vec<Unreadable>, DatabaseError> {
         let over = waiting::remove_if(&self.database, |message| {
-            message.needs == Needs::Welcome && is_over(&message.clone().give_up(Lost::NeverCame))
+            message.needs == Needs::Welcome
+                && is_over(&message.clone().into_unreadable(Lost::NeverCame))
         })?;
-        Ok(over.into_iter().map(|message| message.give_up(Lost::NeverCame)).collect())
+        Ok(over.into_iter().map(|message| message.into_unreadable(Lost::NeverCame)).collect())
     }
 
     /// Returns the groups of which messages wait for a commit.
@@ -144,15 +148,16 @@ impl Client {
             if needs == Needs::Welcome && self.is_refused(&id, bytes, blocked)? {
                 return Ok(vec![Received::Refused { used_package: false }]);
             }
-            let message = PutAside { group: id, epoch, needs, arrival, bytes: bytes.to_vec() };
+            let message =
+                WaitingMessage { group: id, epoch, needs, arrival, bytes: bytes.to_vec() };
             if needs == Needs::Welcome && requests::waits(&self.database, &id)? {
-                requests::hold(&self.database, &message)?;
+                requests::keep_message(&self.database, &message)?;
                 return Ok(vec![Received::Buffered]);
             }
-            let displaced = waiting::put_aside(&self.database, &message)?;
+            let displaced = waiting::add(&self.database, &message)?;
             let displaced = displaced
                 .into_iter()
-                .map(|message| Received::Unreadable(message.give_up(Lost::Displaced)));
+                .map(|message| Received::Unreadable(message.into_unreadable(Lost::Displaced)));
             return Ok(std::iter::once(Received::Buffered).chain(displaced).collect());
         }
         let is_text = message.content_type() == ContentType::Application;
@@ -241,7 +246,7 @@ impl Client {
             packages::used(&self.database, &package, rules.has_other_devices)?;
             requests::keep(&self.database, &request, &package, bytes)?;
             for message in waiting::remove_group(&self.database, &id)? {
-                requests::hold(&self.database, &message)?;
+                requests::keep_message(&self.database, &message)?;
             }
             return Ok(vec![Received::Requested(request)]);
         }
@@ -288,20 +293,20 @@ impl Client {
         // Deletes the keys of the replaced state.
         Group::delete(&self.database, id)?;
         self.insert(group);
-        let mut held = requests::accepted(&self.database, &id)?;
-        held.sort_by_key(|message| message.epoch);
-        for message in held {
+        let mut messages = requests::accepted(&self.database, &id)?;
+        messages.sort_by_key(|message| message.epoch);
+        for message in messages {
             self.retry_one(id, message, &mut results)?;
         }
         self.retry(id, &mut results)?;
         Ok(results)
     }
 
-    /// Processes a message that waited with a request, or puts it aside until its commit arrives.
+    /// Processes a message that waited with a request, or lets it wait for its commit.
     fn retry_one(
         &mut self,
         id: GroupId,
-        message: PutAside,
+        message: WaitingMessage,
         results: &mut Vec<Received>,
     ) -> Result<(), DatabaseError> {
         let Some(group) = self.group(&id)? else {
@@ -310,14 +315,16 @@ impl Client {
             return Ok(());
         };
         if message.epoch > group.epoch {
-            let message = PutAside { needs: Needs::Commit, ..message };
-            let displaced = waiting::put_aside(&self.database, &message)?;
+            let message = WaitingMessage { needs: Needs::Commit, ..message };
+            let displaced = waiting::add(&self.database, &message)?;
             results.extend(
-                displaced.into_iter().map(|one| Received::Unreadable(one.give_up(Lost::Displaced))),
+                displaced
+                    .into_iter()
+                    .map(|one| Received::Unreadable(one.into_unreadable(Lost::Displaced))),
             );
             return Ok(());
         }
-        let PutAside { bytes, arrival, .. } = message;
+        let WaitingMessage { bytes, arrival, .. } = message;
         let parsed = MlsMessageIn::tls_deserialize_exact_bytes(&bytes).map(MlsMessageIn::extract);
         if let Some(message) = parsed.ok().and_then(to_group) {
             results.push(self.process(id, message, &bytes, arrival)?);
@@ -408,8 +415,8 @@ fn to_group(body: MlsMessageBodyIn) -> Option<ProtocolMessage> {
     }
 }
 
-impl PutAside {
-    fn give_up(self, reason: Lost) -> Unreadable {
+impl WaitingMessage {
+    fn into_unreadable(self, reason: Lost) -> Unreadable {
         unreadable(&self.bytes, Some(self.group), reason, self.arrival)
     }
 }

@@ -17,8 +17,8 @@ use crate::{
     packages::Package,
     profile::{GroupId, GroupKind},
     received::{Arrival, Request},
-    tables::{DECLINED, HELD, REQUESTS},
-    waiting::PutAside,
+    tables::{DECLINED, REQUEST_MESSAGES, REQUESTS},
+    waiting::WaitingMessage,
 };
 
 /// The maximum number of requests of one person.
@@ -28,9 +28,9 @@ pub const MAX_REQUESTS: u64 = 200;
 /// The maximum size of all requests, in bytes.
 const MAX_BYTES: u64 = 8 * 1024 * 1024;
 /// The maximum number of messages that wait with all requests.
-const MAX_HELD: u64 = 256;
+const MAX_MESSAGES: u64 = 256;
 /// The maximum size of these messages, in bytes.
-const MAX_HELD_BYTES: u64 = 8 * 1024 * 1024;
+const MAX_MESSAGE_BYTES: u64 = 8 * 1024 * 1024;
 /// The number of groups that are remembered after their request was declined or dropped. Messages
 /// to these have no effect.
 const MAX_DECLINED: u64 = 1_024;
@@ -121,9 +121,9 @@ pub(crate) fn was_declined(database: &Database, group: &GroupId) -> Result<bool,
 pub(crate) fn accepted(
     database: &Database,
     group: &GroupId,
-) -> Result<Vec<PutAside>, DatabaseError> {
-    let held = database.in_lane_ascending(HELD, group.as_bytes())?;
-    let messages = held.iter().map(read_held).collect::<Result<_, _>>()?;
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
+    let items = database.in_lane_ascending(REQUEST_MESSAGES, group.as_bytes())?;
+    let messages = items.iter().map(parse_message).collect::<Result<_, _>>()?;
     remove(database, group)?;
     Ok(messages)
 }
@@ -146,19 +146,24 @@ pub(crate) fn decline_all(database: &Database, inviter: &IdentityKey) -> Result<
 }
 
 /// Keeps a message to a group that waits as a request.
-pub(crate) fn hold(database: &Database, message: &PutAside) -> Result<(), DatabaseError> {
+pub(crate) fn keep_message(
+    database: &Database,
+    message: &WaitingMessage,
+) -> Result<(), DatabaseError> {
     let new = NewItem { lane: Some(message.group.as_bytes()), open: true, key: None };
-    database.append(HELD, new, message.encode().written())?;
+    database.append(REQUEST_MESSAGES, new, message.encode().written())?;
     loop {
-        let size = database.size_of_items(HELD)?;
-        let measure = match size.items > MAX_HELD {
+        let size = database.size_of_items(REQUEST_MESSAGES)?;
+        let measure = match size.items > MAX_MESSAGES {
             true => Measure::Items,
-            false if size.bytes > MAX_HELD_BYTES => Measure::Bytes,
+            false if size.bytes > MAX_MESSAGE_BYTES => Measure::Bytes,
             false => return Ok(()),
         };
-        let Some(oldest) = database.first_in_largest_lane(HELD, measure)? else { return Ok(()) };
-        let group = read_held(&oldest)?.group;
-        database.remove_item(HELD, oldest.number)?;
+        let Some(oldest) = database.first_in_largest_lane(REQUEST_MESSAGES, measure)? else {
+            return Ok(());
+        };
+        let group = parse_message(&oldest)?.group;
+        database.remove_item(REQUEST_MESSAGES, oldest.number)?;
         let missed = count(database, group.as_bytes())? + 1;
         database.put(REQUESTS, group.as_bytes(), None, &missed.to_be_bytes())?;
     }
@@ -169,7 +174,7 @@ fn remove(database: &Database, group: &GroupId) -> Result<bool, DatabaseError> {
         return Ok(false);
     };
     database.remove_item(REQUESTS, number)?;
-    database.remove_items_in_lane(HELD, group.as_bytes())?;
+    database.remove_items_in_lane(REQUEST_MESSAGES, group.as_bytes())?;
     database.delete(REQUESTS, group.as_bytes())?;
     if database.size_of_items(REQUESTS)?.items == 0 {
         database.delete(REQUESTS, DROPPED)?;
@@ -250,8 +255,8 @@ fn read(reader: &mut Reader<'_>) -> Result<Kept, Malformed> {
     Ok(Kept { request, package, welcome: reader.bytes()?.to_vec() })
 }
 
-fn read_held(item: &Item) -> Result<PutAside, DatabaseError> {
-    PutAside::read(&mut Reader::new(&item.value)).map_err(|Malformed| damaged())
+fn parse_message(item: &Item) -> Result<WaitingMessage, DatabaseError> {
+    WaitingMessage::read(&mut Reader::new(&item.value)).map_err(|Malformed| damaged())
 }
 
 fn damaged() -> DatabaseError {
@@ -295,12 +300,18 @@ mod tests {
         }
     }
 
-    fn message(group: GroupId, bytes: &[u8]) -> PutAside {
-        PutAside { group, epoch: 1, needs: Needs::Welcome, arrival: AT, bytes: bytes.to_vec() }
+    fn message(group: GroupId, bytes: &[u8]) -> WaitingMessage {
+        WaitingMessage {
+            group,
+            epoch: 1,
+            needs: Needs::Welcome,
+            arrival: AT,
+            bytes: bytes.to_vec(),
+        }
     }
 
     fn bytes(database: &Database) -> u64 {
-        [REQUESTS, HELD, DECLINED]
+        [REQUESTS, REQUEST_MESSAGES, DECLINED]
             .map(|table| database.size_of_items(table).unwrap().bytes)
             .iter()
             .sum()
@@ -314,7 +325,7 @@ mod tests {
         for number in 0..10_000 {
             let request = request(1, number);
             keep(&database, &request, &package, &[1; 500]).unwrap();
-            hold(&database, &message(request.group, b"join us")).unwrap();
+            keep_message(&database, &message(request.group, b"join us")).unwrap();
             kept.push(request);
             if number % 2_000 == 1_999 {
                 sizes.push(bytes(&database));
@@ -323,7 +334,11 @@ mod tests {
         let waiting = all(&database).unwrap();
         assert_eq!(waiting, kept[9_990..], "the newest, oldest first");
         assert_eq!(dropped(&database).unwrap(), 9_990);
-        assert_eq!(database.size_of_items(HELD).unwrap().items, 10, "dropped with their requests");
+        assert_eq!(
+            database.size_of_items(REQUEST_MESSAGES).unwrap().items,
+            10,
+            "dropped with their requests"
+        );
         assert!(sizes.iter().all(|size| *size == sizes[0]), "{sizes:?}");
         assert!(was_declined(&database, &kept[9_989].group).unwrap());
         for request in &kept[9_990..] {
@@ -359,7 +374,7 @@ mod tests {
         let (database, package) = database();
         let first = request(1, 1);
         keep(&database, &first, &package, b"one").unwrap();
-        hold(&database, &message(first.group, b"hi")).unwrap();
+        keep_message(&database, &message(first.group, b"hi")).unwrap();
         let second = Request { epoch: 2, ..first.clone() };
         keep(&database, &second, &package, b"two").unwrap();
         let found = get(&database, &first.group).unwrap().unwrap();
@@ -384,11 +399,11 @@ mod tests {
         for request in [&modest, &greedy] {
             keep(&database, request, &package, b"w").unwrap();
         }
-        hold(&database, &message(modest.group, b"hello")).unwrap();
+        keep_message(&database, &message(modest.group, b"hello")).unwrap();
         for number in 0..1_000_u32 {
-            hold(&database, &message(greedy.group, &number.to_be_bytes())).unwrap();
+            keep_message(&database, &message(greedy.group, &number.to_be_bytes())).unwrap();
         }
-        hold(&database, &message(greedy.group, &vec![0; 8 * 1024 * 1024])).unwrap();
+        keep_message(&database, &message(greedy.group, &vec![0; 8 * 1024 * 1024])).unwrap();
         assert_eq!(get(&database, &modest.group).unwrap().unwrap().request.missed, 0);
         assert_eq!(get(&database, &greedy.group).unwrap().unwrap().request.missed, 1_001);
         assert_eq!(accepted(&database, &modest.group).unwrap()[0].bytes, b"hello");

@@ -14,7 +14,7 @@ use crate::{
     packages::Package,
     receive::day,
     received::Arrival,
-    waiting::{self, PutAside},
+    waiting::{self, WaitingMessage},
 };
 
 const MAGIC: &[u8; 4] = b"QPQM";
@@ -74,9 +74,9 @@ impl Client {
             }
         }
         let arrival = Arrival { at: now, channel: ChannelId::DEFAULT };
-        for message in reader.list(|reader| PutAside::read_legacy(reader, arrival))? {
+        for message in reader.list(|reader| WaitingMessage::read_legacy(reader, arrival))? {
             database.note_digest(&Sha256::digest(&message.bytes).into(), day(now))?;
-            waiting::put_aside(database, &message)?;
+            waiting::add(database, &message)?;
         }
         reader.end()?;
         Ok(client)

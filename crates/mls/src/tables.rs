@@ -10,7 +10,7 @@ pub(crate) const MLS: Table = Table::new(2);
 pub(crate) const GROUPS: Table = Table::new(3);
 /// Our KeyPackages with their private halves.
 pub(crate) const PACKAGES: Table = Table::new(4);
-/// Messages put aside, in the lane of their group.
+/// Messages that wait for a Welcome or a commit, in the lane of their group.
 pub(crate) const WAITING: Table = Table::new(5);
 /// Direct groups that are not used for sending any more.
 pub(crate) const RETIRED: Table = Table::new(6);
@@ -22,7 +22,7 @@ pub(crate) const LEFT: Table = Table::new(8);
 /// requests and messages.
 pub(crate) const REQUESTS: Table = Table::new(9);
 /// Messages to groups that wait as requests, in the lane of their group.
-pub(crate) const HELD: Table = Table::new(10);
+pub(crate) const REQUEST_MESSAGES: Table = Table::new(10);
 /// Groups whose request was declined or dropped. Later messages to them are dropped.
 pub(crate) const DECLINED: Table = Table::new(11);
 /// This device: its id, name, secret seed, and the account's statement about it.

@@ -7,7 +7,7 @@ use tls_codec::{DeserializeBytes as _, Serialize as _};
 
 use crate::{
     Device, Identity,
-    content::{self, Content, Said},
+    content::{self, Content, MessageContent},
     leaf::{LeafSigner, MemberDevice},
     outline,
     profile::{GroupId, GroupKind, Profile, direct_channel},
@@ -173,16 +173,16 @@ fn contents_are_as_in_the_vectors() {
             repeats: vector.repeats.map(|digest| digest.array()),
         };
         assert_eq!(text.encode(), vector.content.0);
-        assert_eq!(Said::decode(&vector.content.0), Some(Said::Text(text)));
+        assert_eq!(MessageContent::decode(&vector.content.0), Some(MessageContent::Text(text)));
     }
     for vector in vectors.controls {
         let digests: Vec<_> = vector.could_not_read.iter().map(Hex::array).collect();
-        let (written, said) = match vector.leaving {
-            true => (content::leaving(), Said::Leaving),
-            false => (content::could_not_read(&digests), Said::CouldNotRead(digests)),
+        let (encoded, decoded) = match vector.leaving {
+            true => (content::leaving(), MessageContent::Leaving),
+            false => (content::could_not_read(&digests), MessageContent::CouldNotRead(digests)),
         };
-        assert_eq!(written, vector.content.0);
-        assert_eq!(Said::decode(&vector.content.0), Some(said));
+        assert_eq!(encoded, vector.content.0);
+        assert_eq!(MessageContent::decode(&vector.content.0), Some(decoded));
     }
 }
 

@@ -1,8 +1,8 @@
 //! Messages that arrived before the Welcome of their group or the commit that leads to their epoch.
 //!
-//! Such messages are put aside within bounds, in the order of arrival, and processed once the group
-//! is joined or has advanced. No message is dropped silently: one that exceeds the bounds or waits
-//! too long is returned to the caller as a [`PutAside`].
+//! Such messages wait within bounds, in the order of arrival, and are processed once the group is
+//! joined or has advanced. No message is dropped silently: one that exceeds the bounds or waits
+//! too long is returned to the caller as a [`WaitingMessage`].
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -40,9 +40,9 @@ pub(crate) enum Needs {
     Commit,
 }
 
-/// A message that waits or has waited.
+/// A message that waits, or has waited, for a Welcome or a commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PutAside {
+pub(crate) struct WaitingMessage {
     pub(crate) group: GroupId,
     pub(crate) epoch: u64,
     pub(crate) needs: Needs,
@@ -70,13 +70,13 @@ impl Totals {
         database.put(WAITING, TOTALS, None, writer.written())
     }
 
-    fn add(&mut self, message: &PutAside) {
+    fn add(&mut self, message: &WaitingMessage) {
         let place = message.needs as usize;
         self.messages[place] += 1;
         self.bytes[place] += message.bytes.len() as u64;
     }
 
-    fn subtract(&mut self, message: &PutAside) {
+    fn subtract(&mut self, message: &WaitingMessage) {
         let place = message.needs as usize;
         self.messages[place] = self.messages[place].saturating_sub(1);
         self.bytes[place] = self.bytes[place].saturating_sub(message.bytes.len() as u64);
@@ -88,12 +88,11 @@ impl Totals {
     }
 }
 
-/// Puts a message aside. If too many wait, removes and returns the oldest of those with the same
-/// need.
-pub(crate) fn put_aside(
+/// Adds a message. If too many wait, removes and returns the oldest of those with the same need.
+pub(crate) fn add(
     database: &Database,
-    message: &PutAside,
-) -> Result<Vec<PutAside>, DatabaseError> {
+    message: &WaitingMessage,
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
     append(database, message)?;
     let mut totals = Totals::load(database)?;
     totals.add(message);
@@ -108,7 +107,7 @@ pub(crate) fn put_aside(
     Ok(displaced)
 }
 
-fn append(database: &Database, message: &PutAside) -> Result<(), DatabaseError> {
+fn append(database: &Database, message: &WaitingMessage) -> Result<(), DatabaseError> {
     let new = NewItem {
         lane: Some(message.group.as_bytes()),
         open: message.needs == Needs::Welcome,
@@ -125,7 +124,7 @@ pub(crate) fn release(
     database: &Database,
     group: &GroupId,
     epoch: u64,
-) -> Result<Vec<PutAside>, DatabaseError> {
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
     let mut totals = Totals::load(database)?;
     let mut ready = Vec::new();
     for (number, mut message) in of_group(database, group)? {
@@ -170,15 +169,15 @@ pub(crate) fn groups(
 pub(crate) fn remove_group(
     database: &Database,
     group: &GroupId,
-) -> Result<Vec<PutAside>, DatabaseError> {
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
     remove_some(database, of_group(database, group)?)
 }
 
 /// Removes and returns the messages for which `is_over` returns `true`.
 pub(crate) fn remove_if(
     database: &Database,
-    is_over: impl Fn(&PutAside) -> bool,
-) -> Result<Vec<PutAside>, DatabaseError> {
+    is_over: impl Fn(&WaitingMessage) -> bool,
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
     let mut over = Vec::new();
     let mut after = None;
     loop {
@@ -197,8 +196,8 @@ pub(crate) fn remove_if(
 
 fn remove_some(
     database: &Database,
-    some: Vec<(u64, PutAside)>,
-) -> Result<Vec<PutAside>, DatabaseError> {
+    some: Vec<(u64, WaitingMessage)>,
+) -> Result<Vec<WaitingMessage>, DatabaseError> {
     let mut totals = Totals::load(database)?;
     for (number, message) in &some {
         totals.subtract(message);
@@ -208,7 +207,10 @@ fn remove_some(
     Ok(some.into_iter().map(|(_, message)| message).collect())
 }
 
-fn oldest(database: &Database, needs: Needs) -> Result<Option<(u64, PutAside)>, DatabaseError> {
+fn oldest(
+    database: &Database,
+    needs: Needs,
+) -> Result<Option<(u64, WaitingMessage)>, DatabaseError> {
     let mut after = None;
     loop {
         let items = match needs {
@@ -225,22 +227,26 @@ fn oldest(database: &Database, needs: Needs) -> Result<Option<(u64, PutAside)>, 
 }
 
 /// Returns the messages that wait for `group`, in the order of arrival.
-fn of_group(database: &Database, group: &GroupId) -> Result<Vec<(u64, PutAside)>, DatabaseError> {
+fn of_group(
+    database: &Database,
+    group: &GroupId,
+) -> Result<Vec<(u64, WaitingMessage)>, DatabaseError> {
     let mut items = database.last_in_lane(WAITING, group.as_bytes(), u32::MAX)?;
     items.reverse();
     items.iter().map(parse).collect()
 }
 
-fn parse(item: &Item) -> Result<(u64, PutAside), DatabaseError> {
-    let message = PutAside::read(&mut Reader::new(&item.value)).map_err(|Malformed| damaged())?;
+fn parse(item: &Item) -> Result<(u64, WaitingMessage), DatabaseError> {
+    let message =
+        WaitingMessage::read(&mut Reader::new(&item.value)).map_err(|Malformed| damaged())?;
     Ok((item.number, message))
 }
 
 fn damaged() -> DatabaseError {
-    DatabaseError::Damaged("a message put aside is cut short".into())
+    DatabaseError::Damaged("a waiting message is cut short".into())
 }
 
-impl PutAside {
+impl WaitingMessage {
     pub(crate) fn encode(&self) -> Writer {
         let mut writer = Writer::with_capacity(32 + 8 + 1 + 8 + 20 + 4 + self.bytes.len());
         writer.raw(self.group.as_bytes());
@@ -298,12 +304,12 @@ mod tests {
         GroupId::random(&IdentityKey::new([1; 32]))
     }
 
-    fn message(group: GroupId, epoch: u64, needs: Needs, bytes: &[u8]) -> PutAside {
+    fn message(group: GroupId, epoch: u64, needs: Needs, bytes: &[u8]) -> WaitingMessage {
         let arrival = Arrival { at: UnixMillis(epoch), channel: ChannelId::DEFAULT };
-        PutAside { group, epoch, needs, arrival, bytes: bytes.to_vec() }
+        WaitingMessage { group, epoch, needs, arrival, bytes: bytes.to_vec() }
     }
 
-    fn bytes(messages: &[PutAside]) -> Vec<&[u8]> {
+    fn bytes(messages: &[WaitingMessage]) -> Vec<&[u8]> {
         messages.iter().map(|message| &message.bytes[..]).collect()
     }
 
@@ -314,7 +320,7 @@ mod tests {
         for (group, epoch, bytes) in
             [(ours, 3, b"c"), (ours, 2, b"a"), (other, 1, b"x"), (ours, 2, b"b")]
         {
-            put_aside(&database, &message(group, epoch, Needs::Welcome, bytes)).unwrap();
+            add(&database, &message(group, epoch, Needs::Welcome, bytes)).unwrap();
         }
         assert_eq!(release(&database, &ours, 1).unwrap(), []);
         assert_eq!(bytes(&release(&database, &ours, 2).unwrap()), [b"a", b"b"]);
@@ -327,11 +333,11 @@ mod tests {
     fn unknown_groups_displace_no_messages_of_known_ones_and_displaced_messages_are_returned() {
         let known = group();
         let database = Database::in_memory();
-        put_aside(&database, &message(known, 2, Needs::Commit, b"needed")).unwrap();
+        add(&database, &message(known, 2, Needs::Commit, b"needed")).unwrap();
         let mut displaced = Vec::new();
         for number in 0..MAX_MESSAGES + 10 {
             let next = message(group(), 0, Needs::Welcome, &number.to_be_bytes());
-            displaced.extend(put_aside(&database, &next).unwrap());
+            displaced.extend(add(&database, &next).unwrap());
         }
         assert_eq!(displaced.len(), 10);
         assert_eq!(displaced[0].bytes, 0_u64.to_be_bytes(), "the oldest first");
@@ -344,7 +350,7 @@ mod tests {
         let mut displaced = 0;
         for number in 0..20_u8 {
             let next = message(group(), 0, Needs::Commit, &vec![number; 1024 * 1024]);
-            displaced += put_aside(&database, &next).unwrap().len();
+            displaced += add(&database, &next).unwrap().len();
         }
         assert_eq!(displaced, 12);
     }
@@ -353,9 +359,9 @@ mod tests {
     fn removed_messages_are_returned_once() {
         let database = Database::in_memory();
         for epoch in 0..100 {
-            put_aside(&database, &message(group(), epoch, Needs::Welcome, b"x")).unwrap();
+            add(&database, &message(group(), epoch, Needs::Welcome, b"x")).unwrap();
         }
-        let is_early = |message: &PutAside| message.arrival.at < UnixMillis(70);
+        let is_early = |message: &WaitingMessage| message.arrival.at < UnixMillis(70);
         assert_eq!(remove_if(&database, is_early).unwrap().len(), 70);
         assert_eq!(remove_if(&database, is_early).unwrap().len(), 0);
         assert_eq!(Totals::load(&database).unwrap().messages, [30, 0]);

@@ -251,13 +251,13 @@ pub(crate) enum Command {
     ///   qpq block mallory
     ///   qpq block --key 9f31a2b3…    the identity in full, as --json shows it
     #[command(verbatim_doc_comment)]
-    Block(Whom),
+    Block(PersonArg),
     /// Accept the messages of a user again
     ///
     /// Messages sent while the user was blocked are lost, and so are groups that the
     /// user added you to.
     #[command(verbatim_doc_comment)]
-    Unblock(Whom),
+    Unblock(PersonArg),
     /// List the users whose messages are refused
     Blocked,
     /// List requests: groups of strangers, which wait for your decision
@@ -305,7 +305,7 @@ pub(crate) enum Command {
 /// A person, by name or key.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
-pub(crate) struct Whom {
+pub(crate) struct PersonArg {
     /// The user
     pub(crate) user: Option<Username>,
     /// Their identity instead of a name

@@ -1,4 +1,6 @@
-//! The display of entries: a line for people, an object for programs.
+//! The display of entries: a line for people, an object for programs (`object`).
+
+mod object;
 
 use std::{
     collections::HashMap,
@@ -10,8 +12,8 @@ use qpq_client::{
     Conversation, ConversationId, ConversationKind, DeliveryState, Entry, Event, Person, Standing,
     UnixMillis,
 };
-use serde::Serialize;
 
+pub(crate) use self::object::PersonObject;
 use crate::{
     output::{Report, Style},
     text,
@@ -54,157 +56,6 @@ pub(crate) struct EntryReport<'a> {
     pub(crate) groups: &'a GroupNames,
     pub(crate) place: Place,
     pub(crate) now: UnixMillis,
-}
-
-/// The object for programs. Keys that do not apply are left out.
-#[derive(Debug, Default, Serialize)]
-#[serde(default)]
-struct Object<'a> {
-    event: &'static str,
-    id: u64,
-    /// Unix milliseconds, by the server's clock.
-    at: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    conversation: Option<ConversationObject<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    from: Option<PersonObject<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    text: Option<&'a str>,
-    /// Unix milliseconds, by the sender's clock.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sent_at: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    delivery: Option<&'static str>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    people: Vec<PersonObject<'a>>,
-    /// The name of a device.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    device: Option<&'a str>,
-    /// The name of the group of a request, or the new name of a group.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    group: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    first: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last: Option<u64>,
-}
-
-impl<'a> Object<'a> {
-    fn device(&mut self, event: &'static str, owner: &'a Person, device: &'a str) {
-        (self.event, self.people, self.device) = (event, vec![owner.into()], Some(device));
-    }
-}
-
-#[derive(Debug, Serialize)]
-pub(crate) struct ConversationObject<'a> {
-    kind: &'static str,
-    id: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<&'a str>,
-}
-
-/// A person, as in the JSON of every command.
-#[derive(Debug, Serialize)]
-pub(crate) struct PersonObject<'a> {
-    username: &'a str,
-    identity: String,
-    /// The verification of the name: `own`, `confirmed`, `claimed`, `refuted` or `new_key`.
-    standing: &'static str,
-}
-
-impl<'a> From<&'a Person> for PersonObject<'a> {
-    fn from(person: &'a Person) -> Self {
-        let standing = match person.standing {
-            Standing::Own => "own",
-            Standing::Claimed => "claimed",
-            Standing::Confirmed => "confirmed",
-            Standing::Refuted => "refuted",
-            Standing::NewKey => "new_key",
-        };
-        Self { username: person.username.as_str(), identity: person.identity.to_string(), standing }
-    }
-}
-
-impl Serialize for EntryReport<'_> {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let mut object = Object {
-            id: self.entry.id.0,
-            at: self.entry.at.0,
-            conversation: self.entry.conversation.map(|id| self.conversation(id)),
-            ..Object::default()
-        };
-        match &self.entry.event {
-            Event::Sent { text, delivery } => {
-                object.event = "sent";
-                (object.text, object.delivery) =
-                    (Some(text.as_str()), Some(delivery_name(*delivery)));
-            }
-            Event::Received { from, text, sent_at } => {
-                (object.event, object.from) = ("message", Some(from.into()));
-                (object.text, object.sent_at) = (Some(text.as_str()), Some(sent_at.0));
-            }
-            Event::Joined { by } => (object.event, object.from) = ("joined", Some(by.into())),
-            Event::Requested { by, group } => {
-                (object.event, object.from) = ("request", Some(by.into()));
-                object.group = group.as_deref();
-            }
-            Event::Added { members } => {
-                (object.event, object.people) = ("added", members.iter().map(Into::into).collect());
-            }
-            Event::Removed { by, members } => {
-                (object.event, object.people) =
-                    ("removed", members.iter().map(Into::into).collect());
-                object.from = by.as_ref().map(Into::into);
-            }
-            Event::Unreadable { from, reason } => {
-                (object.event, object.reason) = ("unreadable", Some(reason.as_str()));
-                object.from = from.as_ref().map(Into::into);
-            }
-            Event::WentBack => object.event = "server_went_back",
-            Event::Restored => object.event = "profile_went_back",
-            Event::Missing { first, last } => {
-                (object.event, object.first, object.last) =
-                    ("missing", Some(first.0), Some(last.0));
-            }
-            Event::NameRefuted { person, claimed } => {
-                (object.event, object.people, object.text) =
-                    ("name_refuted", vec![person.into()], Some(claimed.as_str()));
-            }
-            Event::NewKey { person } => {
-                (object.event, object.people) = ("new_key", vec![person.into()]);
-            }
-            Event::DeviceRequested { name } => {
-                (object.event, object.device) = ("device_request", Some(name.as_str()));
-            }
-            Event::DeviceAdded { person, device } => object.device("device_added", person, device),
-            Event::DeviceRemoved { person, device } => {
-                object.device("device_removed", person, device);
-            }
-            Event::Rejoined { person, device } => object.device("rejoined", person, device),
-            Event::Renamed { by, name } => {
-                (object.event, object.from) = ("renamed", Some(by.into()));
-                object.group = Some(name);
-            }
-            Event::Promoted { members } => {
-                (object.event, object.people) =
-                    ("promoted", members.iter().map(Into::into).collect());
-            }
-            Event::Demoted { members } => {
-                (object.event, object.people) =
-                    ("demoted", members.iter().map(Into::into).collect());
-            }
-            Event::NotChanged { reason } => {
-                (object.event, object.reason) = ("not_changed", Some(reason.as_str()));
-            }
-            Event::Undeliverable { to, reason } => {
-                (object.event, object.people) = ("undeliverable", vec![to.into()]);
-                object.reason = Some(reason.as_str());
-            }
-        }
-        object.serialize(to)
-    }
 }
 
 impl Report for EntryReport<'_> {
@@ -360,23 +211,6 @@ impl EntryReport<'_> {
             .get(&id)
             .map_or_else(|| format!("{:.8}", id.to_string()), |name| text::line(name).to_string())
     }
-
-    fn conversation(&self, id: ConversationId) -> ConversationObject<'_> {
-        let (kind, name) = match id {
-            ConversationId::Direct(_) => ("direct", None),
-            ConversationId::Group(_) => ("group", self.groups.0.get(&id).map(String::as_str)),
-        };
-        ConversationObject { kind, id: id.to_string(), name }
-    }
-}
-
-/// Returns the name of a delivery state in JSON.
-pub(crate) fn delivery_name(delivery: DeliveryState) -> &'static str {
-    match delivery {
-        DeliveryState::Queued => "queued",
-        DeliveryState::Sent => "sent",
-        DeliveryState::Failed => "failed",
-    }
 }
 
 /// Describes the request of a stranger, as a phrase after the stranger's name.
@@ -409,10 +243,8 @@ pub(crate) fn span(span: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use qpq_client::{EntryId, IdentityKey, Seq, Username};
-    use serde_json::json;
-
     use super::*;
+    use qpq_client::{EntryId, IdentityKey, Seq, Username};
 
     const KEY: IdentityKey = IdentityKey::new([0xab; 32]);
 
@@ -420,7 +252,7 @@ mod tests {
         Person { identity: KEY, username: Username::parse("bob").unwrap(), standing }
     }
 
-    fn entry(event: Event) -> Entry {
+    pub(super) fn entry(event: Event) -> Entry {
         Entry {
             id: EntryId(7),
             conversation: Some(ConversationId::Direct(KEY)),
@@ -436,7 +268,7 @@ mod tests {
             .line(Style::Plain)
     }
 
-    fn received(text: &str) -> Event {
+    pub(super) fn received(text: &str) -> Event {
         Event::Received {
             from: bob(Standing::Confirmed),
             text: text.into(),
@@ -483,26 +315,6 @@ mod tests {
         let from = bob(Standing::Refuted);
         let event = Event::Received { from, text: "pay me".into(), sent_at: UnixMillis(900) };
         assert_eq!(line(event, 2_000), "bob!abababab: pay me");
-    }
-
-    #[test]
-    fn the_object_has_the_documented_keys() {
-        let (entry, groups) = (entry(received("hi")), GroupNames::default());
-        let shown = EntryReport {
-            entry: &entry,
-            groups: &groups,
-            place: Place::Anywhere,
-            now: UnixMillis(0),
-        };
-        let key = "ab".repeat(32);
-        assert_eq!(
-            serde_json::to_value(&shown).unwrap(),
-            json!({
-                "event": "message", "id": 7, "at": 1000, "sent_at": 900, "text": "hi",
-                "conversation": { "kind": "direct", "id": key },
-                "from": { "username": "bob", "identity": key, "standing": "confirmed" },
-            })
-        );
     }
 
     #[test]

@@ -13,9 +13,9 @@ use qpq_mls::{
 use qpq_proto::v1;
 
 use super::{
-    inbox::take_in,
     log::{ConversationId, Event},
     now,
+    page::process_page,
     state::State,
 };
 use crate::error::Error;
@@ -52,7 +52,7 @@ fn receive(database: &Database, first: u64, payloads: Vec<Vec<u8>>) {
     };
     let payloads = (first..).zip(payloads).map(envelope).collect();
     let page = v1::PeekResponse { payloads, ..Default::default() };
-    change(database, |state| take_in(state, page, None, now()));
+    change(database, |state| process_page(state, page, None, now()));
 }
 
 fn peer(number: usize, bob: &Database) -> (Peer, Vec<u8>) {

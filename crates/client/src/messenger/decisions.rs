@@ -134,11 +134,11 @@ impl Messenger {
 
 impl State {
     /// Notes that the user wrote to a person or added the person, who is no stranger from now on.
-    pub(super) fn befriend(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
+    pub(super) fn note_contact(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if self.is_acquainted(identity)? {
             return Ok(());
         }
-        self.meet(identity)?;
+        self.note_acquaintance(identity)?;
         self.share(&Decision::Met(*identity))
     }
 
@@ -187,7 +187,7 @@ impl State {
 
     fn adopt(&mut self, decision: Decision) -> Result<(), Error> {
         match decision {
-            Decision::Met(identity) => self.meet(&identity)?,
+            Decision::Met(identity) => self.note_acquaintance(&identity)?,
             Decision::Accepted(request) => match self.accept(&request) {
                 // The request was also accepted or declined here.
                 Err(Error::NoSuchRequest) => {}
@@ -201,7 +201,7 @@ impl State {
                 self.unblock(&identity)?;
             }
             Decision::Compared { identity, username, at } => {
-                self.meet(&identity)?;
+                self.note_acquaintance(&identity)?;
                 self.people.claim(identity, &username)?;
                 let person = self.people.person(&identity)?;
                 let is_credible =
@@ -255,8 +255,8 @@ mod tests {
     fn decisions_of_a_device_are_adopted_by_the_other_device_alone() {
         let [one, mut other] = devices();
         let bob = Username::parse("bob").unwrap();
-        one.befriend(&BOB).unwrap();
-        one.befriend(&BOB).unwrap();
+        one.note_contact(&BOB).unwrap();
+        one.note_contact(&BOB).unwrap();
         one.share(&Decision::Compared { identity: BOB, username: bob, at: UnixMillis(5) }).unwrap();
         one.share(&Decision::Blocked(BOB)).unwrap();
         one.share(&Decision::Unblocked(BOB)).unwrap();
@@ -308,7 +308,7 @@ mod tests {
         let identity = Identity::generate();
         let mut state = State::create(&Database::in_memory(), identity.clone(), name).unwrap();
         state.mls.set_device(Device::generate(&identity, "device")).unwrap();
-        state.befriend(&BOB).unwrap();
+        state.note_contact(&BOB).unwrap();
         assert!(sent(&state).is_empty());
     }
 }

@@ -16,14 +16,14 @@ use super::{
 };
 use crate::error::{CallError, Error};
 
-/// The number to which our KeyPackages on the server are filled up when fewer than [`FEW`] are
-/// left.
-const ENOUGH: usize = 20;
-const FEW: u32 = 10;
+/// The number of our KeyPackages on the server after they were filled up.
+const TARGET_PACKAGES: usize = 20;
+/// Our KeyPackages on the server are filled up when fewer than this number are left.
+const MIN_PACKAGES: u32 = 10;
 
 /// The maximum number of names that are looked up at a time. A group of thousands must not cause
 /// thousands of calls.
-const NAMES_AT_ONCE: usize = 32;
+pub(super) const MAX_LOOKUPS: usize = 32;
 
 /// The age at which our KeyPackages are replaced. They are valid for 84 days, and inviters refuse
 /// those that expire within 31 days.
@@ -93,7 +93,7 @@ impl Messenger {
                 Ok(())
             })
             .await?;
-        self.store().change(move |state| Ok(state.befriend(&identity)?)).await?;
+        self.store().change(move |state| Ok(state.note_contact(&identity)?)).await?;
         self.confirm(identity, username.clone()).await
     }
 
@@ -106,7 +106,7 @@ impl Messenger {
             .change(move |state| {
                 let Person { identity, username, .. } = person;
                 state.people.set_compared(&identity, at)?;
-                state.meet(&identity)?;
+                state.note_acquaintance(&identity)?;
                 Ok(state.share(&Decision::Compared { identity, username, at })?)
             })
             .await?;
@@ -140,9 +140,10 @@ impl Messenger {
             .await?;
         let replace = self.store().read(move |state| is_replacement_due(state, now)).await?;
         if replace {
-            self.upload_packages(ENOUGH, Upload::Replacing, now).await?;
-        } else if left.available < FEW {
-            self.upload_packages(ENOUGH - left.available as usize, Upload::Adding, now).await?;
+            self.upload_packages(TARGET_PACKAGES, Upload::Replacing, now).await?;
+        } else if left.available < MIN_PACKAGES {
+            self.upload_packages(TARGET_PACKAGES - left.available as usize, Upload::Adding, now)
+                .await?;
         }
         if replace || !left.has_last_resort {
             let package = self
@@ -209,11 +210,11 @@ impl Messenger {
         }
     }
 
-    /// Asks the directory about names that are only claimed so far, up to [`NAMES_AT_ONCE`] at a
+    /// Asks the directory about names that are only claimed so far, up to [`MAX_LOOKUPS`] at a
     /// time.
     pub(super) async fn check_names(&self) -> Result<(), Error> {
         let mut unchecked = self.store().read(|state| Ok(state.people.unchecked()?)).await?;
-        unchecked.truncate(NAMES_AT_ONCE);
+        unchecked.truncate(MAX_LOOKUPS);
         let asked = unchecked.into_iter().map(async |(identity, claimed)| {
             self.name_of(&identity).await.map(|name| (identity, claimed, name))
         });

@@ -93,7 +93,7 @@ impl Messenger {
             add.extend(self.fetch_own_packages().await?);
         }
         let identity = person.identity;
-        self.store().change(move |state| Ok(state.befriend(&identity)?)).await?;
+        self.store().change(move |state| Ok(state.note_contact(&identity)?)).await?;
         self.change_group(id, Change { add, ..Change::default() }).await
     }
 

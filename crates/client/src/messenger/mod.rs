@@ -11,7 +11,7 @@
 //! | `rotation` | renewal of keys that a member has asked for |
 //! | `directory` | names to keys and back; our own KeyPackages |
 //! | `send` | messages: encrypt, save, then send |
-//! | `inbox` | Peek, process, save, then Ack |
+//! | `inbox` | Peek, process, save, then Ack; `page`: processing of one page |
 //! | `note` | the entries in the history for received messages |
 //! | `listen` | the live stream |
 //! | `marker` | detection of a profile whose own state went back in time |
@@ -42,6 +42,7 @@ mod marker;
 mod note;
 mod open;
 mod outbox;
+mod page;
 mod people;
 mod prune;
 mod reconcile;

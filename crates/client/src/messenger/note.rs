@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use qpq_domain::{IdentityKey, UnixMillis};
-use qpq_mls::{Content, GroupChange, GroupId, Ignored, Lost, Member, Received};
+use qpq_mls::{Content, GroupChange, GroupId, GroupSummary, Ignored, Lost, Member, Received};
 
 use super::{
     log::{ConversationId, DeliveryState, Event},
@@ -28,37 +28,14 @@ pub(super) fn is_from(received: &Received, people: &BTreeSet<IdentityKey>) -> bo
 /// Notes a received message in the history.
 pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Result<(), Error> {
     match received {
-        Received::Joined { group, by } => {
-            for member in &group.members {
-                state.people.claim(member.identity, &member.username)?;
-            }
-            state.count_stranger(&group)?;
-            state.forget_server_epoch(&group.id)?;
-            // A direct conversation begins with its first message.
-            if let conversation @ ConversationId::Group(_) = ConversationId::of(&group, &state.me())
-            {
-                state.log.push(Some(conversation), at, Event::Joined { by: by.identity })?;
-            }
-        }
+        Received::Joined { group, by } => note_joined(state, &group, &by, at)?,
         Received::Requested(request) => state.announce(request, at)?,
-        Received::Message { sender, content, .. } if content.repeats.is_some() => {
-            let digest = content.repeats.expect("it was matched");
-            state.people.claim(sender.identity, &sender.username)?;
-            state.take_in_repeat(&sender, content, digest, at)?;
+        Received::Message { group, sender, content, .. } => {
+            note_message(state, &group, &sender, content, at)?;
         }
         Received::Asked { group, sender, digests } => {
             state.people.claim(sender.identity, &sender.username)?;
             state.answer(group, &sender.identity, digests)?;
-        }
-        // The message was written on another device of this account.
-        Received::Message { group, sender, content, .. } if sender.identity == state.me() => {
-            let sent = Event::Sent { text: content.text, delivery: DeliveryState::Sent };
-            state.log.push(state.conversation_of(&group)?, at, sent)?;
-        }
-        Received::Message { group, sender, content, .. } => {
-            state.people.claim(sender.identity, &sender.username)?;
-            let event = text_event(sender.identity, content);
-            state.log.push(state.conversation_of(&group)?, at, event)?;
         }
         Received::Committed { group, by, changes } => {
             state.forget_server_epoch(&group)?;
@@ -92,6 +69,46 @@ pub(super) fn note(state: &mut State, received: Received, at: UnixMillis) -> Res
             state.log.push(None, at, event)?;
         }
     }
+    Ok(())
+}
+
+fn note_joined(
+    state: &mut State,
+    group: &GroupSummary,
+    by: &Member,
+    at: UnixMillis,
+) -> Result<(), Error> {
+    for member in &group.members {
+        state.people.claim(member.identity, &member.username)?;
+    }
+    state.count_stranger(group)?;
+    state.forget_server_epoch(&group.id)?;
+    // A direct conversation begins with its first message.
+    if let conversation @ ConversationId::Group(_) = ConversationId::of(group, &state.me()) {
+        state.log.push(Some(conversation), at, Event::Joined { by: by.identity })?;
+    }
+    Ok(())
+}
+
+fn note_message(
+    state: &mut State,
+    group: &GroupId,
+    sender: &Member,
+    content: Content,
+    at: UnixMillis,
+) -> Result<(), Error> {
+    if let Some(digest) = content.repeats {
+        state.people.claim(sender.identity, &sender.username)?;
+        return state.process_repeat(sender, content, digest, at);
+    }
+    let event = if sender.identity == state.me() {
+        // The message was written on another device of this account.
+        Event::Sent { text: content.text, delivery: DeliveryState::Sent }
+    } else {
+        state.people.claim(sender.identity, &sender.username)?;
+        text_event(sender.identity, content)
+    };
+    state.log.push(state.conversation_of(group)?, at, event)?;
     Ok(())
 }
 

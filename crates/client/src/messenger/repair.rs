@@ -45,7 +45,7 @@ const ANSWERED: Table = Table::new(41);
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 const MAX_QUESTIONS: u8 = 5;
 /// The maximum number of people that are asked in one repair.
-const PEOPLE_AT_ONCE: usize = 4;
+const MAX_ASKED: usize = 4;
 /// The maximum number of messages that one person is asked for.
 const MAX_LOST: usize = 256;
 /// The maximum number of messages that all people are asked for.
@@ -57,9 +57,9 @@ const MAX_PEOPLE: u64 = 256;
 const MAX_ANSWERED: u64 = 256;
 const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
-/// The time within which a message may be asked for. A message may be 90 days in the inbox and 31
-/// days put aside, and the question 30 days in our inbox. The time is doubled for devices that are
-/// seldom online.
+/// The time within which a message may be asked for. A message may be in the inbox for 90 days and
+/// wait for its commit for 31 days, and the question may be in our inbox for 30 days. The time is
+/// doubled for devices that are seldom online.
 const ASKED_WITHIN: Duration = Duration::from_secs(300 * 24 * 3600);
 /// The difference between two clocks up to which neither is taken for wrong.
 const CLOCK_MARGIN: Duration = Duration::from_secs(24 * 3600);
@@ -177,7 +177,7 @@ impl State {
     /// Notes messages as lost that have waited in vain. These are messages to an unknown direct
     /// group, once the inbox was read to its end, since its Welcome is sent before all other
     /// messages; and those that have waited too long.
-    pub(super) fn give_up(&mut self) -> Result<(), Error> {
+    pub(super) fn note_lost(&mut self) -> Result<(), Error> {
         let me = self.me();
         let mut over = BTreeSet::new();
         for channel in self.mls.unknown_channels()? {
@@ -186,12 +186,12 @@ impl State {
                 over.insert(channel);
             }
         }
-        let mut lost = self.mls.give_up_on(|lost| {
+        let mut lost = self.mls.remove_waiting_if(|lost| {
             let channel = lost.arrival.channel;
             let is_direct = lost.claimed_sender.is_some_and(|sender| is_direct(&me, &sender, lost));
             is_direct && over.contains(&channel)
         })?;
-        lost.extend(self.mls.give_up_waiting(now())?);
+        lost.extend(self.mls.remove_expired_waiting(now())?);
         let blocked = self.blocked()?;
         lost.retain(|lost| lost.claimed_sender.is_none_or(|sender| !blocked.contains(&sender)));
         for lost in lost {
@@ -201,7 +201,7 @@ impl State {
     }
 
     /// Processes a message that repeats an earlier one, which may have been unreadable here.
-    pub(super) fn take_in_repeat(
+    pub(super) fn process_repeat(
         &mut self,
         sender: &Member,
         content: Content,
@@ -356,7 +356,7 @@ impl State {
         let due = questions
             .filter(|question| question.at <= now && question.asked < MAX_QUESTIONS)
             .map(|question| question.peer);
-        Ok(due.take(PEOPLE_AT_ONCE).collect())
+        Ok(due.take(MAX_ASKED).collect())
     }
 
     fn questions(&self) -> Result<Vec<Question>, Error> {
@@ -460,7 +460,7 @@ mod tests {
     #[test]
     fn invented_senders_are_bounded_and_displace_nobody_who_is_known() {
         let mut state = state();
-        state.meet(&key(0)).unwrap();
+        state.note_acquaintance(&key(0)).unwrap();
         lose(&mut state, 0, 0);
         for peer in 1..300 {
             lose(&mut state, peer, 0);

@@ -17,6 +17,7 @@ use qpq_mls::{
 use super::{
     Messenger,
     decisions::Decision,
+    directory::MAX_LOOKUPS,
     inbox::unless_final,
     log::{ConversationId, EntryId, Event},
     note::{is_from, note},
@@ -31,9 +32,6 @@ pub const MAX_STRANGERS: u64 = 100;
 /// The maximum number of MLS groups of the direct conversation with one stranger. A client that
 /// lost its state creates a new one.
 const MAX_GROUPS_OF_STRANGER: u64 = 4;
-
-/// The maximum number of names that are looked up concurrently.
-const NAMES_AT_ONCE: usize = 32;
 
 /// Present once the people of an earlier release's profile are noted as acquainted.
 const ARE_NOTED: &[u8] = b"acquainted";
@@ -80,7 +78,7 @@ impl Messenger {
         unchecked.sort_by_key(|person| person.identity);
         unchecked.dedup();
         let mut names = BTreeMap::new();
-        for some in unchecked.chunks(NAMES_AT_ONCE) {
+        for some in unchecked.chunks(MAX_LOOKUPS) {
             let asked = some.iter().map(async |person| {
                 self.name_of(&person.identity).await.map(|name| (person.identity, name))
             });
@@ -184,7 +182,7 @@ impl State {
     /// Notes everyone in the profile as acquainted.
     fn note_everyone(&self) -> Result<(), DatabaseError> {
         for identity in self.people.everyone()? {
-            self.meet(&identity)?;
+            self.note_acquaintance(&identity)?;
         }
         self.begin_noting_acquaintances()
     }
@@ -207,7 +205,7 @@ impl State {
     }
 
     /// Notes that a person is no stranger.
-    pub(super) fn meet(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
+    pub(super) fn note_acquaintance(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if !self.is_acquainted(identity)? {
             self.database().put(ACQUAINTED, identity.as_bytes(), None, b"")?;
             self.forget_stranger(identity)?;
@@ -279,7 +277,7 @@ impl State {
         let request = self.mls.request(id)?.ok_or(Error::NoSuchRequest)?;
         let at = request.arrival.at;
         self.end_announcement()?;
-        self.meet(&request.inviter.identity)?;
+        self.note_acquaintance(&request.inviter.identity)?;
         let blocked = self.blocked()?;
         let received = self.mls.accept(id)?.ok_or(Error::NoSuchRequest)?;
         let conversation = self.conversation_of(id)?;
@@ -372,7 +370,7 @@ mod tests {
         assert!(!joins(&first));
 
         // Our answer makes room for others, and ends the bound for that person.
-        state.meet(&summary.creator).unwrap();
+        state.note_acquaintance(&summary.creator).unwrap();
         assert!(joins(&first) && joins(&further));
         state.count_stranger(&summary).unwrap();
         assert_eq!(state.database().count(STRANGERS).unwrap(), MAX_STRANGERS - 1);

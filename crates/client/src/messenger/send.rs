@@ -98,7 +98,7 @@ impl Messenger {
         self.store()
             .change(move |state| {
                 if let ConversationId::Direct(peer) = conversation {
-                    state.befriend(&peer)?;
+                    state.note_contact(&peer)?;
                 }
                 texts.into_iter().map(|text| encrypt(state, conversation, text)).collect()
             })

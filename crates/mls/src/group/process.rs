@@ -18,7 +18,7 @@ use super::{
     rules::{self, Accepted, Before, Committer},
 };
 use crate::{
-    content::{Content, Said},
+    content::{Content, MessageContent},
     identity::Member,
     leaf::MemberDevice,
     received::{GroupChange, Ignored, Lost},
@@ -108,12 +108,12 @@ impl Group {
                 claimed.is_some_and(|claimed| claimed.member == *member)
             })
             .ok_or(Ignored::Invalid)?;
-        match Said::decode(bytes).ok_or(Ignored::UnknownContent)? {
-            Said::Leaving if has_departed => Err(Ignored::AlreadyLeft),
+        match MessageContent::decode(bytes).ok_or(Ignored::UnknownContent)? {
+            MessageContent::Leaving if has_departed => Err(Ignored::AlreadyLeft),
             _ if is_late => Ok(MessageEffect::TooLate { sender }),
-            Said::Text(content) => Ok(MessageEffect::Message { sender, content }),
-            Said::CouldNotRead(digests) => Ok(MessageEffect::Asked { sender, digests }),
-            Said::Leaving => Ok(MessageEffect::Leaving { sender }),
+            MessageContent::Text(content) => Ok(MessageEffect::Message { sender, content }),
+            MessageContent::CouldNotRead(digests) => Ok(MessageEffect::Asked { sender, digests }),
+            MessageContent::Leaving => Ok(MessageEffect::Leaving { sender }),
         }
     }
 

@@ -102,7 +102,7 @@ fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
 }
 
 /// Asserts that `to` can read the messages of `from`.
-fn assert_hears(from: &mut Client, to: &mut Client, group: GroupId) {
+fn assert_reads(from: &mut Client, to: &mut Client, group: GroupId) {
     let message = say(from, group, "still there?");
     let received = to.receive_now(&message);
     assert!(matches!(received[..], [Received::Message { .. }]), "{received:?}");

@@ -74,7 +74,7 @@ pub struct Checked {
 pub enum Rejected {
     #[error("the key package is larger than the server allows")]
     TooLarge,
-    #[error("the bytes are not one MLS KeyPackage")]
+    #[error("the bytes are not one MLS key package")]
     Malformed,
     #[error("the key package is not of MLS 1.0")]
     WrongVersion,

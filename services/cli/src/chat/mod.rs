@@ -113,10 +113,10 @@ impl Sender {
     fn start(messenger: &Messenger, conversation: ConversationId) -> Self {
         let (texts, given) = mpsc::unbounded_channel();
         let (saved, to_send) = mpsc::unbounded_channel();
-        let (tell, progress) = mpsc::unbounded_channel();
+        let (updates, progress) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
-        tasks.spawn(save(messenger.clone(), conversation, given, saved, tell.clone()));
-        tasks.spawn(send(messenger.clone(), to_send, tell));
+        tasks.spawn(save(messenger.clone(), conversation, given, saved, updates.clone()));
+        tasks.spawn(send(messenger.clone(), to_send, updates));
         Self { texts, progress, _tasks: tasks, unsaved: 0, untried: 0, moved: Instant::now() }
     }
 
@@ -161,27 +161,27 @@ impl Sender {
 type Saved = (String, EntryId);
 
 /// The maximum number of texts that are saved, or sent, before the screen is updated.
-const TOGETHER: usize = 32;
+const MAX_BATCH: usize = 32;
 
 async fn save(
     messenger: Messenger,
     conversation: ConversationId,
     mut given: mpsc::UnboundedReceiver<String>,
     saved: mpsc::UnboundedSender<Saved>,
-    tell: mpsc::UnboundedSender<Progress>,
+    updates: mpsc::UnboundedSender<Progress>,
 ) {
     // The receiver is closed once the chat has ended.
     let note = |text, outcome: Result<EntryId, Error>| match outcome {
         Ok(entry) => {
-            let _ = tell.send(Progress::Saved);
+            let _ = updates.send(Progress::Saved);
             let _ = saved.send((text, entry));
         }
         Err(error) => {
-            let _ = tell.send(Progress::Unsaved { text, why: error.into() });
+            let _ = updates.send(Progress::Unsaved { text, why: error.into() });
         }
     };
     let mut texts = Vec::new();
-    while given.recv_many(&mut texts, TOGETHER).await > 0 {
+    while given.recv_many(&mut texts, MAX_BATCH).await > 0 {
         if let Ok(entries) = Box::pin(messenger.queue_all(conversation, texts.clone())).await {
             texts.drain(..).zip(entries).for_each(|(text, entry)| note(text, Ok(entry)));
             continue;
@@ -198,14 +198,14 @@ async fn save(
 async fn send(
     messenger: Messenger,
     mut saved: mpsc::UnboundedReceiver<Saved>,
-    tell: mpsc::UnboundedSender<Progress>,
+    updates: mpsc::UnboundedSender<Progress>,
 ) {
     let mut batch = Vec::new();
     while saved.recv_many(&mut batch, usize::MAX).await > 0 {
         let mut failed: Option<CliError> = None;
         // The texts are sent in parts, so that progress is visible. After a failure the later parts
         // are not tried.
-        for some in batch.chunks(TOGETHER) {
+        for some in batch.chunks(MAX_BATCH) {
             if let (None, Some((_, last))) = (&failed, some.last()) {
                 failed = Box::pin(messenger.flush_until(*last)).await.err().map(CliError::from);
             }
@@ -213,8 +213,12 @@ async fn send(
                 let delivery =
                     messenger.delivery(*entry).await.ok().flatten().unwrap_or(DeliveryState::Sent);
                 let why = failed.clone().filter(|_| delivery == DeliveryState::Queued);
-                let _ =
-                    tell.send(Progress::Tried { text: text.clone(), entry: *entry, delivery, why });
+                let _ = updates.send(Progress::Tried {
+                    text: text.clone(),
+                    entry: *entry,
+                    delivery,
+                    why,
+                });
             }
         }
         batch.clear();

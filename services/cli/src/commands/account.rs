@@ -96,7 +96,7 @@ pub(crate) async fn register(
         Err(ProfileError::Missing(_)) => context.fresh_options()?,
         Err(error) => return Err(Error::from(error).into()),
     };
-    let seen = meet(context, &options).await?;
+    let seen = check_server(context, &options).await?;
     let is_pinned_now = options.trust == Trust::FirstUse;
     options.trust = options.trust.settled(seen);
     let password = context.password.chosen(&context.output).await?;
@@ -112,7 +112,7 @@ pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
     let dir = context.dir();
     let profile = Profile::read(&dir).map_err(Error::from)?;
     let mut options = context.options(&profile);
-    let seen = meet(context, &options).await?;
+    let seen = check_server(context, &options).await?;
     options.trust = options.trust.settled(seen);
     let password = context.password.known().await?;
     let unlocking = async {
@@ -133,7 +133,10 @@ pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
 }
 
 /// Checks that the server is reachable and is the trusted one, before the user types a password.
-pub(super) async fn meet(context: &Context, options: &Options) -> Result<Fingerprint, CliError> {
+pub(super) async fn check_server(
+    context: &Context,
+    options: &Options,
+) -> Result<Fingerprint, CliError> {
     let client = Client::new(options.clone()).map_err(CallError::from)?;
     let seen = context.progress.during("connecting", connect(&client)).await?;
     client.close().await;

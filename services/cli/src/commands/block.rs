@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::opened;
 use crate::{
-    args::Whom,
+    args::PersonArg,
     compose::Context,
     entry::{self, PersonObject},
     error::{CliError, Exit},
@@ -47,9 +47,9 @@ impl Report for Listed<'_> {
     }
 }
 
-pub(crate) async fn block(context: &Context, whom: &Whom) -> Result<(), CliError> {
+pub(crate) async fn block(context: &Context, person: &PersonArg) -> Result<(), CliError> {
     opened::locally(context, async |messenger, unreachable| {
-        let identity = match (whom.key, &whom.user) {
+        let identity = match (person.key, &person.user) {
             (Some(key), _) => key,
             (None, Some(user)) => match unreachable {
                 Some(error) => return Err(error),
@@ -77,9 +77,9 @@ fn by_key(error: Error) -> CliError {
     }
 }
 
-pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), CliError> {
+pub(crate) async fn unblock(context: &Context, person: &PersonArg) -> Result<(), CliError> {
     opened::locally(context, async |messenger, _| {
-        let found = find(messenger, whom).await?;
+        let found = find(messenger, person).await?;
         let [person] = &found[..] else {
             let (code, message, hint) = match found.len() {
                 0 => ("client.not_blocked", "nobody of this name or key is blocked", ""),
@@ -98,12 +98,12 @@ pub(crate) async fn unblock(context: &Context, whom: &Whom) -> Result<(), CliErr
     .await
 }
 
-async fn find(messenger: &Messenger, whom: &Whom) -> Result<Vec<Person>, Error> {
-    let is_meant = |person: &Person| match (&whom.key, &whom.user) {
+async fn find(messenger: &Messenger, wanted: &PersonArg) -> Result<Vec<Person>, Error> {
+    let is_wanted = |person: &Person| match (&wanted.key, &wanted.user) {
         (Some(key), _) => person.identity == *key,
         (None, user) => user.as_ref() == Some(&person.username),
     };
-    Ok(messenger.blocked().await?.into_iter().filter(is_meant).collect())
+    Ok(messenger.blocked().await?.into_iter().filter(is_wanted).collect())
 }
 
 pub(crate) async fn list(context: &Context) -> Result<(), CliError> {

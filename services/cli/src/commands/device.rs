@@ -72,7 +72,7 @@ async fn link(
         Err(error) => return Err(Error::from(error).into()),
     }
     let mut options = context.fresh_options()?;
-    let seen = account::meet(context, &options).await?;
+    let seen = account::check_server(context, &options).await?;
     let is_pinned_now = options.trust == Trust::FirstUse;
     options.trust = options.trust.settled(seen);
     let password = context.password.known().await?;

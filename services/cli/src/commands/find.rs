@@ -8,28 +8,28 @@ use crate::{
 };
 
 /// The minimum number of digits by which a group's id can be given.
-pub(crate) const SHORTEST_ID: usize = 6;
+pub(crate) const MIN_ID_DIGITS: usize = 6;
 
 /// Returns the group of this name or id, and its name. Any account can create a group of any name
 /// and add us, so a name that several groups have is refused.
 pub(crate) fn find(
     conversations: &[Conversation],
-    meant: &str,
+    name_or_id: &str,
 ) -> Result<(ConversationId, String), CliError> {
-    let found = matching(conversations, meant);
+    let found = matching(conversations, name_or_id);
     match &found[..] {
         [(id, name)] => Ok((*id, (*name).to_owned())),
         [] => Err(CliError::new(
             Exit::Failure,
             "client.no_such_group",
-            format_args!("you are in no group {}", text::line(meant)),
+            format_args!("you are in no group {}", text::line(name_or_id)),
         )
         .hint("see `qpq group list`")),
         several => {
             let ids: Vec<_> =
                 several.iter().map(|(id, _)| format!("{:.12}", id.to_string())).collect();
             let message =
-                format!("several groups are called {}: {}", text::line(meant), ids.join(", "));
+                format!("several groups are called {}: {}", text::line(name_or_id), ids.join(", "));
             Err(CliError::new(Exit::Failure, "client.ambiguous_group", message)
                 .hint("give the id instead of the name"))
         }
@@ -39,17 +39,18 @@ pub(crate) fn find(
 /// Returns every group of this name, or whose id begins with the text.
 pub(crate) fn matching<'a>(
     conversations: &'a [Conversation],
-    meant: &str,
+    name_or_id: &str,
 ) -> Vec<(ConversationId, &'a str)> {
-    let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
-    let id_start = meant.to_ascii_lowercase();
+    let is_id =
+        name_or_id.len() >= MIN_ID_DIGITS && name_or_id.bytes().all(|b| b.is_ascii_hexdigit());
+    let id_start = name_or_id.to_ascii_lowercase();
     conversations
         .iter()
         .filter_map(|conversation| match &conversation.kind {
             ConversationKind::Group { name, .. } => Some((conversation.id, name.as_str())),
             ConversationKind::Direct { .. } => None,
         })
-        .filter(|(id, name)| *name == meant || is_id && id.to_string().starts_with(&id_start))
+        .filter(|(id, name)| *name == name_or_id || is_id && id.to_string().starts_with(&id_start))
         .collect()
 }
 

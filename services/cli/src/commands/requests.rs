@@ -6,7 +6,7 @@ use qpq_client::{ContactRequest, Messenger, Requests, UnixMillis, Username};
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
 
-use super::{find::SHORTEST_ID, opened};
+use super::{find::MIN_ID_DIGITS, opened};
 use crate::{
     args::Recipient,
     compose::Context,
@@ -221,12 +221,12 @@ fn find<'a>(
     let of_user = |user: &Username| -> Vec<_> {
         waiting.iter().filter(|request| request.from.username == *user).collect()
     };
-    let (meant, by_user, by_group) = match which {
+    let (name_or_id, by_user, by_group) = match which {
         Recipient::User(user) => (user.to_string(), of_user(user), Vec::new()),
-        Recipient::Either(meant) => {
-            let users = Username::parse(meant).map(|user| of_user(&user)).unwrap_or_default();
-            let groups = waiting.iter().filter(|request| is_group(request, meant)).collect();
-            (meant.clone(), users, groups)
+        Recipient::Either(name_or_id) => {
+            let users = Username::parse(name_or_id).map(|user| of_user(&user)).unwrap_or_default();
+            let groups = waiting.iter().filter(|request| is_group(request, name_or_id)).collect();
+            (name_or_id.clone(), users, groups)
         }
     };
     let is_one_user = by_user.windows(2).all(|two| two[0].from.identity == two[1].from.identity);
@@ -236,7 +236,7 @@ fn find<'a>(
             "client.no_such_request",
             format_args!(
                 "no request from {0}, and none for a group called {0}",
-                text::line(&meant)
+                text::line(&name_or_id)
             ),
         )
         .hint("see `qpq requests`")),
@@ -245,16 +245,17 @@ fn find<'a>(
         _ => Err(CliError::new(
             Exit::Failure,
             "client.ambiguous_request",
-            format_args!("several users or groups are called {}", text::line(&meant)),
+            format_args!("several users or groups are called {}", text::line(&name_or_id)),
         )
         .hint("give the id that `qpq requests` shows")),
     }
 }
 
-fn is_group(request: &ContactRequest, meant: &str) -> bool {
-    let is_id = meant.len() >= SHORTEST_ID && meant.bytes().all(|b| b.is_ascii_hexdigit());
-    request.group.as_deref() == Some(meant)
-        || is_id && request.id.to_string().starts_with(&meant.to_ascii_lowercase())
+fn is_group(request: &ContactRequest, name_or_id: &str) -> bool {
+    let is_id =
+        name_or_id.len() >= MIN_ID_DIGITS && name_or_id.bytes().all(|b| b.is_ascii_hexdigit());
+    request.group.as_deref() == Some(name_or_id)
+        || is_id && request.id.to_string().starts_with(&name_or_id.to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -286,8 +287,8 @@ mod tests {
             request(0xdd, 3, "eve", Some("dave")),
             request(0xee, 4, "frank", Some("party")),
         ];
-        let ids = |meant: &str| {
-            let found = find(&waiting, &meant.parse().unwrap())?;
+        let ids = |name_or_id: &str| {
+            let found = find(&waiting, &name_or_id.parse().unwrap())?;
             Ok::<_, CliError>(
                 found.iter().map(|request| request.id.as_bytes()[0]).collect::<Vec<_>>(),
             )

@@ -69,7 +69,7 @@ async fn one_machine_has_several_profiles() {
 async fn logging_out_ends_the_session_and_forgets_the_key() {
     let world = World::new().await;
     let (alice, _bob) = (world.user("alice").await, world.user("bob").await);
-    let thief = alice.thief();
+    let thief = alice.stolen_copy();
     assert_eq!(thief.json(&["whoami"]).await[0]["session"], "valid");
 
     let out = &alice.json(&["logout"]).await[0];
@@ -94,7 +94,7 @@ async fn logging_out_ends_the_session_and_forgets_the_key() {
 async fn logging_out_everywhere_ends_every_session() {
     let world = World::new().await;
     let alice = world.user("alice").await;
-    let thief = alice.thief();
+    let thief = alice.stolen_copy();
     thief.ok(&["login"]).await;
     alice.ok(&["login"]).await;
     assert_eq!(thief.json(&["whoami"]).await[0]["session"], "valid");

@@ -10,18 +10,21 @@ async fn two_scripts_talk() {
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let (mut a, mut b) = (alice.start(&["dm", "bob"]), bob.start(&["dm", "alice"]));
     for round in 0..5 {
-        a.say(&format!("ping {round}")).await;
-        assert_eq!(b.hear().await, format!("alice: ping {round}"));
-        b.say(&format!("pong {round}")).await;
-        assert_eq!(a.hear().await, format!("bob: pong {round}"));
+        a.write_line(&format!("ping {round}")).await;
+        assert_eq!(b.read_line().await, format!("alice: ping {round}"));
+        b.write_line(&format!("pong {round}")).await;
+        assert_eq!(a.read_line().await, format!("bob: pong {round}"));
     }
     // Lines typed before the end of input are sent before the program ends. Here /quit is a text
     // like any other.
-    a.say("/quit").await;
-    a.say("").await;
-    a.say("bye").await;
+    a.write_line("/quit").await;
+    a.write_line("").await;
+    a.write_line("bye").await;
     assert_eq!(a.end().await.code(), Some(0));
-    assert_eq!((b.hear().await, b.hear().await), ("alice: /quit".into(), "alice: bye".into()));
+    assert_eq!(
+        (b.read_line().await, b.read_line().await),
+        ("alice: /quit".into(), "alice: bye".into())
+    );
     assert_eq!(b.end().await.code(), Some(0));
     assert_eq!(bob.ok(&["recv", "--json"]).await, "", "all was seen");
 }
@@ -32,10 +35,10 @@ async fn sent_and_received_messages_are_json_objects() {
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     bob.ok(&["send", "alice", "waiting"]).await;
     let mut talk = alice.start(&["dm", "bob", "--json"]);
-    let first: Value = serde_json::from_str(&talk.hear().await).unwrap();
+    let first: Value = serde_json::from_str(&talk.read_line().await).unwrap();
     assert_eq!((&first["event"], &first["text"]), (&json!("message"), &json!("waiting")));
-    talk.say("hello").await;
-    let sent: Value = serde_json::from_str(&talk.hear().await).unwrap();
+    talk.write_line("hello").await;
+    let sent: Value = serde_json::from_str(&talk.read_line().await).unwrap();
     assert_eq!((&sent["event"], &sent["text"]), (&json!("sent"), &json!("hello")));
     assert_eq!(talk.end().await.code(), Some(0));
     assert_eq!(bob.ok(&["recv"]).await, "alice: hello\n");
@@ -46,11 +49,11 @@ async fn a_script_that_lingers_receives_the_answer() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let mut asking = alice.start(&["dm", "bob", "--linger", "600"]);
-    asking.say("how are you?").await;
+    asking.write_line("how are you?").await;
     asking.end_input();
     assert_eq!(bob.ok(&["recv", "--timeout", "50"]).await, "alice: how are you?\n");
     bob.ok(&["send", "alice", "fine"]).await;
-    assert_eq!(asking.hear().await, "bob: fine");
+    assert_eq!(asking.read_line().await, "bob: fine");
     assert_eq!(asking.interrupt().await.code(), Some(130));
     let ended = alice.run_with(&["dm", "bob", "--linger", "1"], "good\n").await;
     assert_eq!((ended.code, ended.out.as_str(), ended.err.as_str()), (Some(0), "", ""));

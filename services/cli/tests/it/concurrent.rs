@@ -32,7 +32,7 @@ async fn messages_are_sent_while_another_process_follows_the_inbox() {
     let mut follow = alice.start(&["recv", "--follow"]);
     for number in 0..3 {
         bob.ok(&["send", "alice", &format!("question {number}")]).await;
-        assert_eq!(follow.hear().await, format!("bob: question {number}"));
+        assert_eq!(follow.read_line().await, format!("bob: question {number}"));
         alice.ok(&["send", "bob", &format!("answer {number}")]).await;
         assert_eq!(bob.ok(&["recv"]).await, format!("alice: answer {number}\n"));
     }

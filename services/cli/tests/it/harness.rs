@@ -241,12 +241,12 @@ impl Person {
     }
 
     /// Starts a command that runs until its input ends or it is interrupted.
-    pub(crate) fn start(&self, args: &[&str]) -> Talk {
+    pub(crate) fn start(&self, args: &[&str]) -> Process {
         let mut child =
             self.command(args).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
         let stdin = child.stdin.take();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Talk { child, stdin, lines }
+        Process { child, stdin, lines }
     }
 
     /// Returns the paths of the kept keys.
@@ -270,23 +270,23 @@ impl Person {
     }
 
     /// Returns the same person at another machine, to which all files were copied.
-    pub(crate) fn thief(&self) -> Person {
+    pub(crate) fn stolen_copy(&self) -> Person {
         let of = |path: &Path| path.with_extension("stolen");
         copy(&self.home, &of(&self.home));
         copy(&self.runtime, &of(&self.runtime));
-        let thief = Person {
+        let stolen = Person {
             name: self.name.clone(),
             home: of(&self.home),
             runtime: of(&self.runtime),
             server: self.server.clone(),
         };
         // The file of the key is named after the path of the profile.
-        let profile = thief.home.join("profiles/default");
+        let profile = stolen.home.join("profiles/default");
         let name =
             hex::encode(&<sha2::Sha256 as sha2::Digest>::digest(profile.to_str().unwrap())[..16]);
-        let kept = thief.kept_keys().pop().unwrap();
+        let kept = stolen.kept_keys().pop().unwrap();
         std::fs::rename(&kept, kept.with_file_name(format!("{name}.key"))).unwrap();
-        thief
+        stolen
     }
 }
 
@@ -296,18 +296,18 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A running command, used line by line.
-pub(crate) struct Talk {
+pub(crate) struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
-impl Talk {
-    pub(crate) async fn say(&mut self, line: &str) {
+impl Process {
+    pub(crate) async fn write_line(&mut self, line: &str) {
         self.stdin.as_mut().unwrap().write_all(format!("{line}\n").as_bytes()).await.unwrap();
     }
 
-    pub(crate) async fn hear(&mut self) -> String {
+    pub(crate) async fn read_line(&mut self) -> String {
         soon(self.lines.next_line()).await.unwrap().expect("it ended instead of saying something")
     }
 

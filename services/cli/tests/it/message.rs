@@ -81,13 +81,13 @@ async fn receiving_waits_for_the_given_time() {
     for name in ["alice", "bob"] {
         carol.ok(&["send", name, "one"]).await;
     }
-    assert_eq!(waiting.hear().await, "carol: one");
+    assert_eq!(waiting.read_line().await, "carol: one");
     assert_eq!(waiting.end().await.code(), Some(0));
-    assert_eq!(following.hear().await, "carol: one");
+    assert_eq!(following.read_line().await, "carol: one");
     // One command continues to read while another sends.
     alice.ok(&["send", "bob", "hi"]).await;
     carol.ok(&["send", "alice", "two"]).await;
-    assert_eq!(following.hear().await, "carol: two");
+    assert_eq!(following.read_line().await, "carol: two");
     assert_eq!(following.interrupt().await.code(), Some(130));
     // Messages that were shown are not shown again.
     assert_eq!(alice.ok(&["recv", "--follow", "--timeout", "1"]).await, "");

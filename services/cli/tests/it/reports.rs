@@ -70,7 +70,7 @@ async fn a_waiting_time_of_more_than_a_year_is_refused() {
 async fn an_ended_session_is_begun_again_where_the_password_is_at_hand() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
-    let thief = alice.thief();
+    let thief = alice.stolen_copy();
     thief.ok(&["logout", "--all"]).await;
     alice.fails(&["send", "bob", "one"], 3, "auth.session_expired").await;
     let with_password = |args: &[&str]| {
@@ -129,10 +129,10 @@ async fn a_chat_with_a_group_goes_to_the_group() {
     bob.ok(&["accept", "my friends"]).await;
     bob.ok(&["recv"]).await;
     let mut talk = bob.start(&["dm", "my friends"]);
-    talk.say("hello").await;
+    talk.write_line("hello").await;
     assert_eq!(alice.ok(&["recv", "--timeout", "50"]).await, "[my friends] bob: hello\n");
     alice.ok(&["group", "send", "my friends", "hi"]).await;
-    assert_eq!(talk.hear().await, "alice: hi");
+    assert_eq!(talk.read_line().await, "alice: hi");
     assert_eq!(talk.end().await.code(), Some(0));
     bob.fails(&["dm", "no such group"], 2, "client.usage").await;
 }

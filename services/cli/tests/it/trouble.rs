@@ -55,7 +55,7 @@ async fn a_profile_is_used_by_several_processes() {
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let mut chat = alice.start(&["dm", "bob"]);
     bob.ok(&["send", "alice", "hi"]).await;
-    assert_eq!(chat.hear().await, "bob: hi");
+    assert_eq!(chat.read_line().await, "bob: hi");
     alice.ok(&["send", "bob", "during the chat"]).await;
     assert_eq!(bob.ok(&["recv"]).await, "alice: during the chat\n");
     assert_eq!(alice.run(&["recv"]).await.code, Some(0));

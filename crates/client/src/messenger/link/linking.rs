@@ -30,11 +30,12 @@ use crate::{
         changes::Operation,
         devices::check_name,
         directory::is_not_found,
-        inbox::{LAST_SEQ, NewKeys},
+        inbox::NewKeys,
         marker::LINKED,
         now,
         open::{assemble, derive, discard},
         outbox::fresh_message_id,
+        page::LAST_SEQ,
         state::{LEGACY_CURSOR, State},
         store::StateStore,
         tables::BLOCKED,
@@ -338,7 +339,7 @@ fn begin(
     for person in grant.people.iter().filter(|person| person.identity != me) {
         state.people.adopt(&person.identity, &person.known)?;
         if person.is_acquainted {
-            state.meet(&person.identity)?;
+            state.note_acquaintance(&person.identity)?;
         }
     }
     for key in &grant.blocked {

@@ -17,9 +17,9 @@ fn a_member_that_is_no_admin_adds_and_removes_no_accounts() {
         }
     }
     assert_eq!(dan.receive_now(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
-    assert_hears(&mut ann, &mut cat, id);
-    assert_hears(&mut cat, &mut ann, id);
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut ann, &mut cat, id);
+    assert_reads(&mut cat, &mut ann, id);
+    assert_reads(&mut bob, &mut ann, id);
     // A commit of an admin for the same epoch is still applied.
     let commit = add(&mut ann, id, &mut [&mut dan]);
     assert!(matches!(cat.receive_now(&commit.payload)[..], [Received::Committed { .. }]));
@@ -38,7 +38,7 @@ fn proposals_are_ignored() {
         assert_eq!(victim.receive_now(&proposal), [Received::Ignored(Ignored::NotAllowed)]);
     }
     // A stored proposal would prevent both from sending, and would become part of the next commit.
-    assert_hears(&mut cat, &mut ann, id);
+    assert_reads(&mut cat, &mut ann, id);
     let mut dan = client("dan");
     add(&mut ann, id, &mut [&mut dan]);
     assert_eq!(ann.group(&id).unwrap().unwrap().members.len(), 4);
@@ -66,8 +66,8 @@ fn not_even_an_admin_changes_the_channel_a_name_or_a_direct_conversation() {
     let impostor = package_of(&cat.database, &LeafSigner::of_account(&cat.identity, &bob.username));
     let (second_bob, _) = commit!(ann, id, |builder| builder.propose_adds([impostor]));
     assert_eq!(bob.receive_now(&second_bob), [Received::Ignored(Ignored::ForbiddenCommit)]);
-    assert_hears(&mut ann, &mut bob, id);
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut ann, &mut bob, id);
+    assert_reads(&mut bob, &mut ann, id);
 
     let direct = ann.create_direct(bob.identity.public(), now()).unwrap();
     let welcome = add(&mut ann, direct, &mut [&mut bob]).welcome.unwrap();
@@ -76,7 +76,7 @@ fn not_even_an_admin_changes_the_channel_a_name_or_a_direct_conversation() {
     let (third, welcome) = commit!(ann, direct, |builder| builder.propose_adds([cats]));
     assert_eq!(bob.receive_now(&third), [Received::Ignored(Ignored::NotAllowed)]);
     assert_eq!(cat.receive_now(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
-    assert_hears(&mut ann, &mut bob, direct);
+    assert_reads(&mut ann, &mut bob, direct);
 }
 
 /// Nothing proves that the new signature key belongs to the account.
@@ -87,7 +87,7 @@ fn a_member_cannot_become_another() {
     let other = LeafSigner::of_account(&Identity::generate(), &ann.username);
     let commit = becoming(&mut ann, id, &other);
     assert_eq!(bob.receive_now(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -101,8 +101,8 @@ fn any_members_key_renewal_is_followed() {
     assert_eq!(bob.receive_now(&commit.payload), [renewed(anns)]);
     let commit = change(&mut bob, id, &Change::default());
     assert_eq!(ann.receive_now(&commit.payload), [renewed(bobs)]);
-    assert_hears(&mut ann, &mut bob, id);
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut ann, &mut bob, id);
+    assert_reads(&mut bob, &mut ann, id);
 }
 
 #[test]

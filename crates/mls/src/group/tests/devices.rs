@@ -54,7 +54,7 @@ fn a_device_whose_proof_is_forged_is_refused_in_a_commit_and_in_a_welcome() {
     let (commit, welcome) = commit!(ann, id, |builder| builder.propose_adds([spy, dans]));
     assert_eq!(bob.receive_now(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
     assert_eq!(dan.receive_now(&welcome.unwrap()), [Received::Ignored(Ignored::BadWelcome)]);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_device_is_in_a_group_once() {
     bob.receive_now(&info.payload);
     let commit = external_commit(&info.group_info, &signer);
     assert_eq!(bob.receive_now(&commit), [Received::Ignored(Ignored::ForbiddenCommit)]);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -99,8 +99,8 @@ fn a_member_that_is_no_admin_changes_neither_name_nor_admins() {
         }
     }
     assert_eq!(summary(&cat, id), before);
-    assert_hears(&mut ann, &mut cat, id);
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut ann, &mut cat, id);
+    assert_reads(&mut bob, &mut ann, id);
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn a_member_that_is_no_admin_does_not_remove_all_devices_of_an_account() {
         assert!(matches!(received[..], [Received::Committed { .. }]), "{received:?}");
     }
     assert!(!summary(&phone, id).active);
-    assert_hears(&mut ann, &mut cat, id);
+    assert_reads(&mut ann, &mut cat, id);
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn an_account_removes_another_of_its_devices_but_not_an_other_accounts_in_the_sa
     for victim in [&mut ann, &mut bob] {
         assert_eq!(victim.receive_now(&commit), [Received::Ignored(Ignored::NotAllowed)]);
     }
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn only_a_certified_device_of_a_member_joins_by_itself() {
         }
     }
     assert_eq!(summary(&bob, id), before);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn a_member_does_not_turn_its_leaf_into_that_of_another_device() {
         let names: Vec<_> = keys.iter().map(|DeviceDescription { name, .. }| &name[..]).collect();
         assert_eq!(names, ["phone", "laptop"]);
     }
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 /// No member could commit in such a group.
@@ -255,7 +255,7 @@ fn members_that_an_earlier_release_removed_are_refused() {
         matches!(&received[..], [Received::Unreadable(lost)] if lost.reason == Lost::NotAMember),
         "{received:?}"
     );
-    assert_hears(&mut cat, &mut ann, id);
+    assert_reads(&mut cat, &mut ann, id);
 }
 
 /// Earlier releases saved neither the admins nor the first epoch.
@@ -281,10 +281,10 @@ fn rows_of_an_earlier_release_are_read() {
     assert_eq!(ann.joined_at(&id), Ok(Some(0)));
     assert_eq!([id, direct].map(|id| summary(&ann, id)), expected);
     for id in [id, direct] {
-        assert_hears(&mut ann, &mut bob, id);
-        assert_hears(&mut bob, &mut ann, id);
+        assert_reads(&mut ann, &mut bob, id);
+        assert_reads(&mut bob, &mut ann, id);
         let commit = change(&mut ann, id, &Change::default());
         bob.receive_now(&commit.payload);
-        assert_hears(&mut bob, &mut ann, id);
+        assert_reads(&mut bob, &mut ann, id);
     }
 }

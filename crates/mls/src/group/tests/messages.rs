@@ -20,7 +20,7 @@ fn content_that_is_not_ours_is_ignored() {
     let message = group.mls.create_message(&group.store, &signer, b"\x02newer").unwrap();
     let received = bob.receive_now(&message.to_bytes().unwrap());
     assert_eq!(received, [Received::Ignored(Ignored::UnknownContent)]);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 #[test]
@@ -78,11 +78,11 @@ fn an_older_copy_of_a_profile_reuses_no_key_in_a_group_that_it_accepts_again() {
     bob.receive_by(&welcome, arrival, &rules).unwrap();
     let copy = bob.database.copy();
     bob.accept(&id).unwrap();
-    assert_hears(&mut bob, &mut ann, id);
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut bob, &mut ann, id);
+    assert_reads(&mut bob, &mut ann, id);
 
     let mut bob = Client::open(&copy).unwrap();
     bob.skip_keys(2).unwrap();
     bob.accept(&id).unwrap();
-    assert_hears(&mut bob, &mut ann, id);
+    assert_reads(&mut bob, &mut ann, id);
 }

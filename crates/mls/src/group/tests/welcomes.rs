@@ -48,7 +48,7 @@ fn a_group_id_or_a_creator_cannot_be_usurped() {
     let content = CommitContent { add: vec![package(&mut bob)], ..CommitContent::default() };
     let forged = group.commit(&mallory.leaf(), None, &me, content).unwrap().welcome.unwrap();
     assert_eq!(bob.receive_now(&forged), [Received::Ignored(Ignored::BadWelcome)]);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 /// The leaf of a creator that never committed with a path is as old as the group.
@@ -100,7 +100,7 @@ fn a_welcome_of_an_earlier_epoch_does_not_replace_the_group() {
     for old in [&welcome, &for_bob_alone] {
         assert_eq!(bob.receive_now(old), [Received::Duplicate]);
     }
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
 
 fn without_the_second_recipient(message: &[u8]) -> Vec<u8> {
@@ -154,6 +154,6 @@ fn a_request_is_joined_long_after_its_key_package_expired() {
     assert!(matches!(accepted[0], Received::Joined { .. }), "{accepted:?}");
     assert_eq!(texts, ["early", "late"]);
     assert_eq!(bob.accept(&id), Ok(None));
-    assert_hears(&mut bob, &mut cat, id);
-    assert_hears(&mut ann, &mut bob, id);
+    assert_reads(&mut bob, &mut cat, id);
+    assert_reads(&mut ann, &mut bob, id);
 }
