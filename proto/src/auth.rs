@@ -1,6 +1,6 @@
 //! The authentication that a method requires, as types. A row of the method table names one of
-//! them, and `qpq-rpc` passes the matching principal to the handler. A handler that expects a
-//! stronger principal than its row provides does not compile.
+//! them, and `qpq-rpc` passes the matching principal to the handler. A handler that requires
+//! more of the principal than its row authenticates does not compile.
 
 /// The required authentication as a value, for tables and documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -54,7 +54,7 @@ const POLL: Duration = Duration::from_millis(10);
 pub enum Place {
     /// In this process.
     Here,
-    /// Each as its own process, which can be killed.
+    /// Each edge in a process of its own, which can be killed.
     Apart,
 }
 
@@ -267,7 +267,7 @@ impl Cluster {
     pub async fn metrics(&self, n: usize) -> anyhow::Result<Metrics> {
         match &*self.edges[n].life.lock().await {
             Life::Apart(server) => Metrics::of(server).await,
-            Life::Down | Life::Here(_) => anyhow::bail!("edge {n} is no process"),
+            Life::Down | Life::Here(_) => anyhow::bail!("edge {n} is not a process"),
         }
     }
 

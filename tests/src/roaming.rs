@@ -56,7 +56,7 @@ pub struct Roamer {
     random: StdRng,
     edge: usize,
     client: Option<Client>,
-    /// The session in which it subscribes to events, if it does.
+    /// The session in which the client subscribes to events; `None` if it does not subscribe.
     listening: Option<Bytes>,
     /// Set when the edge has announced a drain.
     drains: Arc<AtomicBool>,
@@ -121,12 +121,12 @@ impl Roamer {
         Self { listening: Some(token.clone()), ..self }
     }
 
-    /// Returns its current or last edge.
+    /// Returns the client's current or last edge.
     pub const fn edge(&self) -> usize {
         self.edge
     }
 
-    /// Returns its connection. Connects if there is none, and retries until an edge accepts it.
+    /// Returns the connection. Connects if there is none, and retries until an edge accepts it.
     pub async fn connected(&mut self) -> Client {
         loop {
             match &self.client {

@@ -64,8 +64,8 @@ pub struct Plan {
 pub enum Temper {
     /// A few seconds.
     Hasty,
-    /// As in production. Every second client also subscribes to events and leaves an edge that
-    /// drains.
+    /// The timeout of production. Every second client also subscribes to events and leaves an edge
+    /// that drains.
     Patient,
 }
 
@@ -143,7 +143,7 @@ pub struct Summary {
 #[derive(Clone, Debug)]
 struct Reader {
     inbox: usize,
-    /// Its stream in the records.
+    /// The reader's stream in the records.
     stream: Inbox,
     token: Bytes,
 }

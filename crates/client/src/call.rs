@@ -70,7 +70,7 @@ pub(crate) enum Repeat {
     Unsafe,
 }
 
-/// Applies the retry policy of the method's row to a request.
+/// Returns whether a call with `request` may be repeated, by the retry policy of `M`.
 pub(crate) fn repeat<M: Method>(request: &M::Request) -> Repeat {
     if M::Retry::is_repeatable(request) { Repeat::Safe } else { Repeat::Unsafe }
 }

@@ -23,7 +23,7 @@ pub enum CallError {
         server: String,
         /// The time for which a connection was tried.
         waited: Duration,
-        /// The result of the last attempt.
+        /// The reason why the last attempt failed.
         reason: NoConnection,
     },
     /// There is a connection, but the answer did not arrive in time.
@@ -115,7 +115,8 @@ impl From<String> for NoConnection {
 pub struct ServerError {
     /// The kind of refusal.
     pub status: Status,
-    /// The stable code for programs, dotted by area. Empty if the server sent none.
+    /// The stable, machine-readable code, such as `rpc.rate_limited`. Empty if the server sent
+    /// none.
     pub code: String,
     /// An English sentence from the server. Show it as the server's words.
     pub message: String,
@@ -273,8 +274,8 @@ pub enum Error {
     /// The device in use can only be revoked from another one.
     #[error("this is the device in use; revoke it from another one, or log out")]
     ThisDevice,
-    /// This profile is no device: the server does not support devices yet, or did not accept this
-    /// one.
+    /// This profile is not a device: the server does not support devices yet, or did not accept
+    /// this one.
     #[error(
         "this profile is not a device of the account yet; the server may be of an older release"
     )]

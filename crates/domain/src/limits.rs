@@ -84,7 +84,7 @@ impl DeliveryLimits {
 
     /// Returns one sender's share, in messages, of an inbox that is more than half full.
     ///
-    /// At least one: with a share of zero, a small inbox could never be filled.
+    /// The result is at least 1, because with a share of zero a small inbox could never be filled.
     pub const fn sender_messages(&self) -> u64 {
         match self.max_messages / self.sender_share {
             0 => 1,

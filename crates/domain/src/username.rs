@@ -33,7 +33,7 @@ pub enum InvalidUsername {
     /// The new name begins with a combining mark or contains an invisible character.
     #[error("a new username must not begin with a combining mark or contain invisible characters")]
     Invisible,
-    /// The new name mixes scripts, or contains characters that are no letters or digits.
+    /// The new name mixes scripts, or contains characters that are neither letters nor digits.
     #[error("a new username has letters of one script, digits, '.', '-', '_' and apostrophes")]
     Scripts,
 }
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(Username::parse(&decomposed), Err(InvalidUsername::Length));
     }
 
-    /// The limit of a name's bytes depends on this.
+    /// [`Username::parse`] allows three decomposed characters, 12 bytes, for each canonical one.
     #[test]
     fn a_character_that_is_composed_of_more_than_three_is_not_canonical() {
         for c in '\0'..=char::MAX {

@@ -42,7 +42,7 @@ struct Control {
 }
 
 impl MessageContent {
-    /// Decodes a message; `None` if the bytes are no message of a known version.
+    /// Decodes a message; `None` if the bytes are not a message of a known version.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&CONTROL_VERSION, protobuf) = bytes.split_first()? else {
             return Content::decode(bytes).map(Self::Text);
@@ -109,8 +109,8 @@ impl Content {
         bytes
     }
 
-    /// Decodes a text; `None` if the bytes are no text of a known version. Unknown fields are
-    /// ignored.
+    /// Decodes a text; `None` if the bytes are not a text of a known version. Unknown fields
+    /// are ignored.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let (&VERSION, protobuf) = bytes.split_first()? else { return None };
         let encoded = Encoded::decode(protobuf).ok()?;

@@ -132,7 +132,7 @@ pub(crate) fn was_used(database: &Database, welcome: &Welcome) -> Result<bool, D
     Ok(false)
 }
 
-/// Removes the packages that no Welcome can need any more.
+/// Removes the packages that Welcomes can no longer need.
 pub(crate) fn remove_expired(database: &Database, now: UnixMillis) -> Result<(), DatabaseError> {
     for row in database.all(tables::PACKAGES)? {
         let package = Package::parse(&row)?;

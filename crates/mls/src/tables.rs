@@ -12,7 +12,7 @@ pub(crate) const GROUPS: Table = Table::new(3);
 pub(crate) const PACKAGES: Table = Table::new(4);
 /// Messages that wait for a Welcome or a commit, in the lane of their group.
 pub(crate) const WAITING: Table = Table::new(5);
-/// Direct groups that are not used for sending any more.
+/// Direct groups that are no longer used for sending.
 pub(crate) const RETIRED: Table = Table::new(6);
 /// The number of our keys to skip in a group before the next encryption.
 pub(crate) const SKIPPED: Table = Table::new(7);

@@ -111,7 +111,7 @@ pub enum GroupRefusal {
 pub struct NewGroup {
     /// The proposed id.
     pub id: GroupId,
-    /// The account that creates it.
+    /// The account that creates the group.
     pub creator: AccountId,
     /// The members.
     pub members: NewMembers,
@@ -211,11 +211,11 @@ pub struct GroupInfo {
 pub struct GroupMessage {
     /// The group, whose channel the message is in.
     pub group: GroupId,
-    /// The account that sends it.
+    /// The account that sends the message.
     pub sender: AccountId,
     /// The sender's identity key.
     pub sender_key: IdentityKey,
-    /// The device that sends it.
+    /// The device that sends the message.
     pub sender_device: Option<DeviceId>,
     /// The recipients.
     pub recipients: GroupRecipients,

@@ -121,7 +121,7 @@ impl Batch {
 /// A message to be accepted.
 #[derive(Clone)]
 pub struct NewMessage {
-    /// The account that sends it.
+    /// The account that sends the message.
     pub sender: IdentityKey,
     /// The recipient's account.
     pub recipient: IdentityKey,

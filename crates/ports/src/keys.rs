@@ -72,9 +72,9 @@ impl PackageOwner {
 /// The treatment of stored packages in an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UploadMode {
-    /// Keeps them.
+    /// Keeps the packages that are stored already.
     Add,
-    /// Removes them.
+    /// Removes the packages that are stored already.
     Replace,
 }
 
@@ -141,8 +141,8 @@ pub trait HybridKeys: Send + Sync {
     /// Stores the owner's key in place of any earlier one.
     async fn put(&self, owner: AccountId, key: HybridKey) -> StoreResult<()>;
 
-    /// Returns the keys of `targets` in their order: `None` for a target that has no key or is no
-    /// account.
+    /// Returns the keys of `targets` in their order: `None` for a target that has no key or is not
+    /// an account.
     async fn get(&self, targets: &[IdentityKey]) -> StoreResult<Vec<Option<HybridKey>>>;
 }
 

@@ -53,7 +53,7 @@ pub enum Table {
 pub struct Column {
     /// The name in the schema.
     pub name: &'static str,
-    /// The type of its values.
+    /// The type of the values.
     pub kind: ColumnType,
 }
 

@@ -7,8 +7,8 @@
 //!    administrator of the group in the request, and so do expensive checks.
 //!
 //! The row of a method names a marker of `qpq_proto::auth`, which determines the types of principal
-//! and caller. Only this file creates their values. A handler with a stronger caller than that of
-//! its row does not compile.
+//! and caller. Only this file creates their values. A handler whose caller requires more than its
+//! row authenticates does not compile.
 
 use std::{
     future::{Future, ready},

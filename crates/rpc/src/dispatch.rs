@@ -6,9 +6,9 @@
 //! the wait that the request asks for.
 //!
 //! The table has the rows that `qpq_proto` marks as served. A row without a handler does not
-//! compile, nor does a row whose handler takes a stronger caller than the row provides. Each entry
-//! contains all steps of one method, so a call costs one indirection and one allocation: its
-//! future. A waiting FetchWait occupies only its future.
+//! compile, nor does a row whose handler requires more of the caller than the row authenticates.
+//! Each entry contains all steps of one method, so a call costs one indirection and one allocation:
+//! its future. A waiting FetchWait occupies only its future.
 
 use std::{
     future::Future,

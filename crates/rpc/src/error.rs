@@ -103,13 +103,13 @@ errors! {
     /// Too many computations wait.
     Overloaded => Unavailable "rpc.overloaded" WARN
         "The server is busy. Wait and try again.";
-    /// The requests of the client use the maximum of memory.
+    /// The client's unfinished requests already use all the memory that one client may use.
     UnfinishedRequests => RateLimited "rpc.unfinished_requests" DEBUG
         "Earlier requests are not finished yet. Wait for their answers and try again.";
     /// All memory for requests is in use.
     RequestsFull => Unavailable "rpc.requests_full" WARN
         "The server has no memory for another request now. Wait and try again.";
-    /// The unread answers of the client use the maximum of memory.
+    /// The client's unread answers already use all the memory that one client may use.
     UnreadAnswers => RateLimited "rpc.unread_answers" DEBUG
         "Earlier answers are not read yet. Read them and try again.";
     /// All memory for answers is in use.
@@ -126,7 +126,7 @@ errors! {
 
     SessionRequired => Unauthorized "auth.session_required" DEBUG
         "This method needs a session. Log in.";
-    /// The session is unknown, revoked or expired. Clients cannot distinguish these.
+    /// The session is unknown, revoked or expired. Clients cannot distinguish these cases.
     SessionExpired => Unauthorized "auth.session_expired" DEBUG
         "The session has ended. Log in again.";
     FreshLoginRequired => Unauthorized "auth.fresh_login_required" DEBUG
@@ -149,7 +149,7 @@ errors! {
     IdentityTaken => Forbidden "auth.identity_taken" DEBUG
         "The identity key already belongs to an account. Create a new one.";
     /// A wrong password, an unknown username, no login in progress, or another account's key.
-    /// Clients cannot distinguish these.
+    /// Clients cannot distinguish these cases.
     LoginFailed => Unauthorized "auth.failed" DEBUG
         "Wrong username or password, or the login took too long. Start again.";
 

@@ -28,8 +28,8 @@ use crate::{Answer, Code, Error, dispatch::Entry};
 const CALLS: &str = "qpq_rpc_calls_total";
 const SECONDS: &str = "qpq_rpc_seconds";
 
-/// The method label of calls to methods that are not served. The id is no label, because a client
-/// could create any number of them.
+/// The method label of calls to methods that are not served. The id is not a label, because a
+/// client could create any number of them.
 const UNKNOWN: &str = "unknown";
 
 /// Counts and logs calls.

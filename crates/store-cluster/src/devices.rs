@@ -71,9 +71,9 @@ const REMOVE: &str =
     "DELETE FROM device WHERE account = $1 AND device = $2 RETURNING upto, key IS NULL AS keyless";
 const REMOVE_DONE: &str = "DELETE FROM device_done WHERE inbox = $1 AND device = $2";
 
-/// After the last device, the single reader continues with the remaining messages. Its queue in
-/// Redis may be from before the first registration. Incrementing its removals makes that queue
-/// outdated.
+/// After the last device, the single reader continues with the remaining messages. The queue of
+/// the single reader in Redis may be from before the first registration. Incrementing the removals
+/// of the inbox makes that queue outdated.
 const COUNT_DOWN: &str = "
     UPDATE inbox SET devices = devices - 1, removals = removals + (devices = 1)::int
      WHERE id = $1 RETURNING devices, last_seq";

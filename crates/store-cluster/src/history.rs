@@ -40,7 +40,7 @@ pub(crate) use store_id;
 
 const CURRENT: &str = concat!("SELECT ", store_id!(), " AS store_id");
 
-/// As [`CURRENT`], in hexadecimal digits.
+/// Reads the store id in hexadecimal digits. See [`CURRENT`].
 pub(crate) const CURRENT_HEX: &str = concat!("SELECT encode(", store_id!(), ", 'hex')");
 
 pub(crate) const RENEW: &str = "UPDATE store SET salt = uuid_send(gen_random_uuid())";

@@ -1,5 +1,6 @@
 //! Measures the transaction that commits messages, and the script that pushes them, each alone.
-//! Their times are lower bounds of the cluster's. Only the load generator enables this module.
+//! The measured times are lower bounds of the cluster's. Only the load generator enables this
+//! module.
 
 use std::time::Duration;
 

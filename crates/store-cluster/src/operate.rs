@@ -132,8 +132,8 @@ impl Operator {
 }
 
 /// Returns the environment variables by which the programs of Postgres (`pg_dump`, `psql`) connect
-/// as an edge does. They include the password, since a command line is visible to every user of the
-/// machine.
+/// as an edge does. The variables include the password, since a command line is visible to every
+/// user of the machine.
 pub fn client_environment(config: &Config) -> Result<Vec<(&'static str, String)>, ConnectError> {
     let options = postgres::as_given(config)?;
     let host = options

@@ -36,27 +36,31 @@ struct Column {
 enum Role {
     /// Moved, and part of the canonical row.
     Value,
-    /// As `Value`, but the canonical row has the SHA-256 of the value.
+    /// A value that is moved. The canonical row has the SHA-256 of the value.
     LargeValue,
-    /// As `Value`. A boolean here, 0 or 1 in the other store and in the canonical row.
+    /// A boolean here, 0 or 1 in the other store and in the canonical row. See
+    /// [`Value`](Self::Value).
     Flag,
-    /// As `Value`. A number with a smaller type here.
+    /// A number with a smaller type here. See [`Value`](Self::Value).
     SmallNumber,
-    /// As `Value`: the key of a table without accounts, by which canonical rows are found.
+    /// The key of a table without accounts, by which canonical rows are found. See
+    /// [`Value`](Self::Value).
     Key,
     /// The number of an account. The account gets another number here, and the canonical row has
     /// its identity key instead.
     Account,
-    /// As `Account`, in a table where the named column orders the rows of an account. The canonical
-    /// row has the identity key and the position in that order.
+    /// The number of an account, in a table where the named column orders the rows of an account.
+    /// The canonical row has the identity key and the position in that order. See
+    /// [`Account`](Self::Account).
     AccountInOrder(&'static str),
     /// A number that this store assigns, in the order of the numbers of the other store. Not in
     /// canonical rows.
     RowNumber,
-    /// As `RowNumber`, in a table where this number orders the rows with the same value of the
-    /// named column. The canonical row has the position in that order.
+    /// A number that orders the rows with the same value of the named column. The canonical row has
+    /// the position in that order. See [`RowNumber`](Self::RowNumber).
     OrderWithin(&'static str),
-    /// As `RowNumber`, in a table without accounts. Canonical rows are found by the new number.
+    /// A number in a table without accounts. Canonical rows are found by the new number. See
+    /// [`RowNumber`](Self::RowNumber).
     Renumbered,
     /// A key that is unique here. A row whose key exists already is not moved, so rows with a key
     /// are not canonical.
@@ -198,7 +202,7 @@ static TABLES: &[TableDescription] = &[
             value("registered_at"),
             value("last_seen_at"),
             value("upto"),
-            // As the removals of an inbox.
+            // The same value as the removals of an inbox.
             column("removals", Role::Set("1::bigint << 40")),
             column("position_lost", Role::Flag),
         ],
@@ -386,9 +390,9 @@ impl TableDescription {
     }
 }
 
-/// Returns the statements that create the tables `import_…`, where rows wait to be moved in. They
-/// have the columns of the other store, and for accounts and renumbered rows a column for the new
-/// number. These tables are not part of the schema, and exist only during a transfer.
+/// Returns the statements that create the tables `import_…`, where rows wait to be moved in. The
+/// tables have the columns of the other store, and for accounts and renumbered rows a column for
+/// the new number. They are not part of the schema, and exist only during a transfer.
 pub(crate) fn create_import_tables() -> String {
     let mut sql = String::new();
     for (table, TableDescription { name, columns, .. }) in TableDescription::moved() {

@@ -37,7 +37,7 @@ impl fmt::Debug for Clocks {
     }
 }
 
-/// The edge's and Postgres' time. Cheap to clone.
+/// The clocks of the edge and of Postgres. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Time(Arc<Inner>);
 

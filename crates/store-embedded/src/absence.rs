@@ -92,7 +92,7 @@ const FIND: &str = concat!(
     " LIMIT 1"
 );
 
-/// As [`FIND`], for the registration ?5. `step` is the last seq of one step.
+/// Reads the registration ?5 if it must be moved. `step` is the last seq of one step. See [`FIND`].
 const CHECK: &str = concat!(
     "SELECT r.account, a.identity, r.position_lost, r.upto,
             coalesce((SELECT m.seq FROM message m INDEXED BY message_inbox

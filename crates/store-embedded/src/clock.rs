@@ -1,12 +1,12 @@
 //! Trust in the clock of this machine: a single node has no other clock to compare it with.
 //!
-//! The store keeps the newest instant that it believes to have come. A clock that is more than
-//! [`JUMP`] ahead of that instant has jumped, and no data is removed by such a clock. A clock that
-//! went back by more than [`STEP`] is not believed either: the times for which data is kept then
-//! count from the believed instant. While the clock is not believed, the believed time advances
-//! with the monotonic clock. The clock is believed again when it returns, when an operator accepts
-//! it, or after it has advanced in step with the monotonic clock for [`JUMP`] of running time,
-//! restarts included.
+//! The store keeps the newest instant that it trusts to be past, the *believed* instant. A clock
+//! that is more than [`JUMP`] ahead of that instant has jumped, and no data is removed by such a
+//! clock. A clock that went back by more than [`STEP`] is not believed either: the times for which
+//! data is kept then count from the believed instant. While the clock is not believed, the believed
+//! instant advances with the monotonic clock. The clock is believed again when it returns, when an
+//! operator accepts it, or after it has advanced in step with the monotonic clock for [`JUMP`] of
+//! running time, restarts included.
 //!
 //! The table `clock` stores all of this. Each sweep reads and writes it, so another process can
 //! accept the clock while the server runs.
@@ -38,7 +38,7 @@ const WRITE: &str = "
 /// The stored state of the trust in the clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Belief {
-    /// The newest instant that is believed to have come.
+    /// The newest instant that the store trusts to be past.
     believed: UnixMillis,
     doubt: Option<Doubt>,
 }

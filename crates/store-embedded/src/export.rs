@@ -65,7 +65,7 @@ impl From<OpenError> for ExportError {
 }
 
 impl Export {
-    /// Locks the directory. Its schema must be the one of this version.
+    /// Locks the directory. The database's schema must be that of this version.
     pub async fn open(data_dir: &Path) -> Result<Self, ExportError> {
         let path = data_dir.join(DATABASE_FILE);
         if !path.is_file() {

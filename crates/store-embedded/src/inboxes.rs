@@ -221,7 +221,7 @@ impl Lease for InboxLease {
 struct Complete {
     leased: Leased,
     store_id: StoreId,
-    /// As [`Completion::kept_at`].
+    /// The instant for which expiry is checked. See [`Completion::kept_at`].
     kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,
@@ -267,7 +267,7 @@ struct Acknowledge {
     read: ReadQuery,
     ack: Ack,
     now: UnixMillis,
-    /// As [`Completion::kept_at`].
+    /// The instant for which expiry is checked. See [`Completion::kept_at`].
     kept_at: UnixMillis,
     removed_at: UnixMillis,
     recent_ids: Duration,

@@ -151,8 +151,8 @@ macro_rules! oldest {
     };
 }
 
-/// As `oldest`, for the device with the registration number ?1. Includes the packages of the
-/// account itself if the device has no key of its own.
+/// The oldest package of the device with the registration number ?1. Includes the packages of the
+/// account itself if the device has no key of its own. See `oldest`.
 macro_rules! oldest_of_device {
     ($last_resort:literal) => {
         concat!(

@@ -164,7 +164,7 @@ impl Statement for SweepMessages {
     }
 }
 
-/// Removes up to [`SWEEP_ROWS`] message ids that need not be remembered any more. Returns their
+/// Removes up to [`SWEEP_ROWS`] message ids that no longer need to be remembered. Returns their
 /// number.
 struct SweepIds {
     now: UnixMillis,

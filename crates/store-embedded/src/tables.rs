@@ -32,17 +32,18 @@ struct Column {
 /// The use of a column in moved rows and in canonical rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// In both.
+    /// A value that is moved, and part of the canonical row.
     Value,
-    /// In both. The canonical row has the SHA-256 of the value.
+    /// A value that is moved. The canonical row has the SHA-256 of the value.
     LargeValue,
-    /// As `LargeValue`, with the value of the expression, in which `t` is the row.
+    /// The value of the expression, in which `t` is the row. See [`LargeValue`](Self::LargeValue).
     LargeValueOf(&'static str),
     /// The number of an account. The canonical row has the account's identity key instead, because
     /// the numbers differ from store to store.
     Account,
-    /// As `Account`, for rows whose order within an account is that of the named column. The
-    /// canonical row has the identity key and the position in that order.
+    /// The number of an account, for rows whose order within an account is that of the named
+    /// column. The canonical row has the identity key and the position in that order. See
+    /// [`Account`](Self::Account).
     AccountInOrder(&'static str),
     /// A number that only this store uses. It orders the rows that have the same value in the named
     /// column. The canonical row has the position in that order.
@@ -52,7 +53,7 @@ enum Role {
     /// The key of a row that the cluster may have already. Rows with a key are left out of the
     /// canonical rows.
     UniqueKey,
-    /// A value that follows from other columns. In neither.
+    /// A value that follows from other columns. Neither moved nor part of the canonical row.
     Derived,
     /// A column of a table that is not moved.
     Local,

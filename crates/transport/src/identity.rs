@@ -96,7 +96,7 @@ pub enum IdentityError {
     },
 }
 
-/// The contents of both files.
+/// The contents of the files of certificate and key.
 pub(crate) struct Files {
     cert: Vec<u8>,
     key: Vec<u8>,

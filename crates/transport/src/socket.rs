@@ -8,8 +8,8 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-/// The size of a socket's buffers. The kernel drops packets that do not fit. Its default, about 200
-/// KiB, is full after a few milliseconds on a busy edge.
+/// The size of a socket's buffers. The kernel drops packets that do not fit. The default of the
+/// kernel, about 200 KiB, is full after a few milliseconds on a busy edge.
 const BUFFER: usize = 4 * 1024 * 1024;
 
 /// Maximum attempts to find a port that is free for IPv4 and IPv6, if the configuration allows any
@@ -71,7 +71,7 @@ fn bind(addr: SocketAddr) -> io::Result<(SocketAddr, UdpSocket)> {
     Ok((socket.local_addr()?, socket))
 }
 
-/// Warns if the kernel has capped the buffers, which is no error.
+/// Warns if the kernel has capped the buffers, which is not an error.
 fn warn_if_capped(socket: &Socket) -> io::Result<()> {
     static ONCE: Once = Once::new();
     let (receive, send) = (socket.recv_buffer_size()?, socket.send_buffer_size()?);

@@ -9,7 +9,7 @@ pub enum Refusal {
     Malformed,
     /// The request was not complete in time.
     Timeout,
-    /// The requests of the client use its maximum of memory.
+    /// The client's unfinished requests already use all the memory that one client may use.
     ClientMemory,
     /// The requests of all clients use all the memory for requests.
     ServerMemory,

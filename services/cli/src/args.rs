@@ -34,7 +34,7 @@ Exit codes:
   6    the profile is in use by another qpq
   7    nothing arrived in time (recv --timeout)
   130  interrupted
-  141  nobody reads standard output any more";
+  141  standard output is no longer read";
 
 /// The maximum waiting time, in seconds: a year.
 const MAX_SECONDS: u64 = 365 * 24 * 60 * 60;
@@ -75,7 +75,7 @@ pub(crate) struct Global {
     pub(crate) server: Option<String>,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
-    /// One JSON object per line; errors so on standard error
+    /// One JSON object per line; errors as JSON on standard error
     #[arg(long, global = true, help_heading = "Output")]
     pub(crate) json: bool,
     /// Say more, on standard error; -vv says much more
@@ -158,7 +158,8 @@ pub(crate) enum Command {
     /// End the session and forget the key
     ///
     /// Account and messages stay on this machine, encrypted. Without a connection the
-    /// key is forgotten all the same, and it says that the session was not ended.
+    /// key is forgotten all the same, and the command reports that the session was not
+    /// ended.
     #[command(verbatim_doc_comment)]
     Logout {
         /// End every session of the account, on other machines too
@@ -169,13 +170,14 @@ pub(crate) enum Command {
     Whoami,
     /// Show the health of the server; needs no account
     Health,
-    /// Chat with a user or a group: type lines, see theirs as they come
+    /// Chat with a user or a group
     ///
-    /// Arrow keys edit, and bring back earlier lines. /help lists what else can be
-    /// typed, /quit or Ctrl-D ends.
+    /// Each line that you type is sent; incoming messages appear as they arrive. Arrow
+    /// keys edit, and bring back earlier lines. /help lists what else can be typed,
+    /// /quit or Ctrl-D ends.
     ///
-    /// In scripts, when standard input or output is no terminal, each line of standard
-    /// input is sent and each incoming message printed, until the input ends.
+    /// In scripts, when standard input or output is not a terminal, each line of
+    /// standard input is sent and each incoming message printed, until the input ends.
     #[command(verbatim_doc_comment)]
     Dm {
         /// A user, or a group that you are in; @bob is always the user
@@ -199,15 +201,15 @@ pub(crate) enum Command {
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
     },
-    /// Show messages that have come and were not shown before
+    /// Show received messages that were not shown before
     ///
     /// Examples:
-    ///   qpq recv                  what is there
-    ///   qpq recv --timeout 60     what is there, or the first that comes in a minute
+    ///   qpq recv                  waiting messages
+    ///   qpq recv --timeout 60     waiting messages, or the first to arrive in 60 s
     ///   qpq recv --follow --json  everything from now on, for a program
     #[command(verbatim_doc_comment)]
     Recv {
-        /// Go on as messages come, until interrupted
+        /// Keep running and show new messages
         #[arg(short, long)]
         follow: bool,
         /// Wait at most this long; with --follow: end after it
@@ -268,7 +270,7 @@ pub(crate) enum Command {
     Requests,
     /// Accept the requests of a user, or the request for a group
     ///
-    /// The user is no stranger from then on.
+    /// The user is an acquaintance from then on.
     ///
     /// Examples:
     ///   qpq accept alice       all requests of alice
@@ -308,7 +310,7 @@ pub(crate) enum Command {
 pub(crate) struct PersonArg {
     /// The user
     pub(crate) user: Option<Username>,
-    /// Their identity instead of a name
+    /// The user's identity instead of a name
     #[arg(long, value_name = "IDENTITY", value_parser = identity)]
     pub(crate) key: Option<IdentityKey>,
 }

@@ -43,9 +43,9 @@ impl GroupNames {
 /// The place where an entry is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Among the entries of all conversations. The entry names its own.
+    /// Among the entries of all conversations. The entry names its conversation.
     Anywhere,
-    /// Among the entries of its own conversation.
+    /// Among the entries of the entry's conversation.
     Chat,
 }
 

@@ -8,7 +8,7 @@ use qpq_ports::{Clock as _, SystemClock};
 
 use crate::{args::ProfileName, text};
 
-/// The exit code of the process, which `qpq help` lists.
+/// The exit codes of the process. `qpq help` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     Failure = 1,
@@ -36,7 +36,7 @@ pub(crate) struct CliError {
     /// The stable code: the server's (`delivery.queue_full`) or one of ours (`client.unreachable`).
     pub(crate) code: Cow<'static, str>,
     pub(crate) message: String,
-    /// The advice what to do next, if there is any.
+    /// Advice on what to do next.
     pub(crate) hint: Option<Cow<'static, str>>,
 }
 

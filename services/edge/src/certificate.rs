@@ -30,7 +30,7 @@ pub enum CertificateError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
     Both,
-    /// Neither file. `is_named` if the configuration names one of them.
+    /// Neither the certificate nor the key. `is_named` if the configuration names a file.
     Neither {
         is_named: bool,
     },
@@ -57,7 +57,7 @@ pub fn certificate_names<'a>(
     names
 }
 
-/// Checks which of both files exist, without reading them.
+/// Checks whether the files of certificate and key exist, without reading them.
 pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
     let (cert, key) = config.tls_files();
     let exists = |path: &Path| {
@@ -91,7 +91,7 @@ pub(crate) fn look(config: &Config) -> Result<Found, CertificateError> {
     }
 }
 
-/// Reads both files, or creates them.
+/// Reads the files of certificate and key, or creates them.
 pub(crate) fn open(config: &Config) -> Result<Opened, CertificateError> {
     let (cert, key) = config.tls_files();
     let created_at = match (look(config)?, config.tls.generate.0) {

@@ -36,9 +36,9 @@ struct Device {
     name: &'static str,
     dir: PathBuf,
     key: VaultKey,
-    /// `None` only while it is restarted.
+    /// `None` only while the client is restarted.
     messenger: Option<Messenger>,
-    /// An older copy of its directory.
+    /// An older copy of the device's directory.
     copy: Option<PathBuf>,
     /// The step in which the device went back to an older copy of itself. Messages sent before
     /// may be lost or shown again.
@@ -46,7 +46,7 @@ struct Device {
     /// The step in which the device joined its groups by itself. Messages from devices that have
     /// not read since then are only requested again.
     rejoined_at: Option<usize>,
-    /// The step in which it read its inbox.
+    /// The step in which the device read its inbox.
     read_at: usize,
     /// How many times each text was shown.
     shown: BTreeMap<String, usize>,
@@ -145,8 +145,9 @@ struct World {
     dir: PathBuf,
     devices: Vec<Device>,
     sent: Vec<Sent>,
-    /// The steps in which an account has left a group or was removed from one. Its unread messages
-    /// are lost, and so are messages from devices that have not processed the change yet.
+    /// The steps in which an account has left a group or was removed from one. Unread messages of
+    /// the account are lost, and so are messages from devices that have not processed the change
+    /// yet.
     left: BTreeMap<&'static str, Vec<usize>>,
     copies: usize,
 }
@@ -342,7 +343,7 @@ impl World {
         device.read(number).await;
     }
 
-    /// Lets everyone read until nothing comes any more.
+    /// Lets everyone read until nothing more arrives.
     async fn settle(&mut self) {
         for _ in 0..6 {
             for who in 0..self.devices.len() {

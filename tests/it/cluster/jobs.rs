@@ -91,9 +91,10 @@ async fn the_job_of_a_killed_edge_runs_on_another_one_after_its_lease() {
         let held = last.claim.clone();
         loop {
             let next = sweep(&cluster).await;
-            // Only another edge changes the claim of the killed edge. Its sweep may have ended
-            // already: Postgres has not noticed the kill, and the transaction of the killed edge
-            // still has the lock of the sweep. Therefore the other edge finds nothing to do.
+            // Only another edge changes the claim of the killed edge. The sweep of that other edge
+            // may have ended already: Postgres has not noticed the kill, and the transaction of the
+            // killed edge still has the lock of the sweep. Therefore the other edge finds nothing
+            // to do.
             if next.claim != held {
                 assert!(next.now >= last.run_at, "not before the lease ended: {last:?} {next:?}");
                 break;

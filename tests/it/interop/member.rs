@@ -84,7 +84,7 @@ impl Member {
         Self::start(Session::register(running, username).await, None, Rules::Kept).await
     }
 
-    /// As [`Member::register`], for a member that commits what it may not.
+    /// Registers a member that commits what it may not. See [`Member::register`].
     pub(crate) async fn register_unruly(running: &Running, username: &str) -> Self {
         Self::start(Session::register(running, username).await, None, Rules::Broken).await
     }

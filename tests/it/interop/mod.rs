@@ -247,7 +247,7 @@ async fn our_clients_follow_the_commits_of_a_foreign_member_and_admin() {
     assert_eq!(read(&cat).await, ["rob renames it club", "-bob"]);
     rob.change(id, Change { admins: Some(vec!["rob"]), ..Change::default() }).await;
     assert_eq!(read(&ann).await, ["demoted ann"]);
-    ann.rename(group, "mine").await.expect_err("ann is no admin any more");
+    ann.rename(group, "mine").await.expect_err("ann is no longer an admin");
     send(&ann, group, "well").await;
     assert_eq!(rob.read().await, ["ann: well"]);
     assert_eq!(read(&cat).await, ["demoted ann", "ann: well"]);

@@ -94,7 +94,7 @@ impl IdentityProvider for Accounts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rules {
     Kept,
-    /// For a member that commits what it may not.
+    /// The member commits what the rules forbid.
     Broken,
 }
 

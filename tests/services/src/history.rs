@@ -11,8 +11,8 @@
 //! A store may go back in time: a standby is promoted, a backup is restored. The test records each
 //! such [`StoreChange`] and the store id of each read. The next history of the store begins with a
 //! state of an earlier one. A message that was acknowledged after that state is lost with its
-//! history: the report counts it, and it is no violation. All other guarantees hold in each
-//! history.
+//! history: the report counts it, and it is not a violation. All other guarantees hold in
+//! each history.
 //!
 //! The result is valid only if the test follows four rules:
 //! - **Record every read.** Messages that the server may count as delivered are recorded as
@@ -191,7 +191,7 @@ impl Recorder {
         self.answered(&sending, Outcome::Acknowledged(seq));
     }
 
-    /// Records that the server refused the message. A missing answer is no refusal.
+    /// Records that the server refused the message. A missing answer is not a refusal.
     pub fn refused(&mut self, sending: Sending) {
         self.answered(&sending, Outcome::Refused);
     }

@@ -4,7 +4,7 @@
 //! [`Postgres`], [`Redis`] (also as [`RedisCluster`] or with a [`RedisSentinel`]) and [`Nats`] run
 //! the real programs, each in its own temporary directory on a reserved port of 127.0.0.1. A test
 //! starts the servers that it needs, and may kill them and start them again on the same port and
-//! data. They end with the test, also if it is killed. With an [`Authority`] they use TLS.
+//! data. The servers end with the test, also if it is killed. With an [`Authority`] they use TLS.
 //!
 //! A [`proxy`] between two programs delays, drops or resets their packets as networks do.
 //! [`history`] records every call with its answer, and checks at the end whether a correct inbox

@@ -209,7 +209,7 @@ impl Postgres {
         self.start_again().await
     }
 
-    /// Suspends all its processes: connections stay open without an answer.
+    /// Suspends the server's processes: connections stay open without an answer.
     pub fn freeze(&self) {
         self.service.signal_all(Signal::SIGSTOP);
     }

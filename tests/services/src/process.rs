@@ -4,8 +4,8 @@
 //! A killed test cannot clean up. So each directory has a watchdog: a shell that reads a pipe of
 //! which this process has the other end. When the pipe ends, because the [`Service`] was dropped or
 //! this process died, the watchdog ends every process whose working directory is inside and removes
-//! the directory. (`PR_SET_PDEATHSIG` is no alternative: it fires when the *thread* that started
-//! the child ends, and runtimes end threads at any time.)
+//! the directory. (`PR_SET_PDEATHSIG` is not an alternative: it fires when the *thread* that
+//! started the child ends, and runtimes end threads at any time.)
 
 use std::{
     fmt::Display,
@@ -201,7 +201,7 @@ impl Service {
     /// Sends a signal to the server and all its children.
     pub(crate) fn signal_all(&self, signal: Signal) {
         for pid in self.inside() {
-            // A process that has ended is no failure.
+            // A process that has ended is not a failure.
             let _gone = kill(pid, signal);
         }
     }

@@ -29,9 +29,9 @@ pub struct Replacement(Postgres);
 /// The way in which a copy is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restore {
-    /// As a point-in-time recovery: on another timeline.
+    /// A point-in-time recovery: on another timeline.
     Recovered,
-    /// As the original would start: on the same timeline.
+    /// A start like that of the original: on the same timeline.
     AsItIs,
 }
 

@@ -1,9 +1,10 @@
 //! Blocked people, whose messages are refused. The server still accepts their messages; this client
 //! acknowledges and drops them.
 //!
-//! Their Welcomes are not followed, and messages to groups that they created are dropped. In groups
-//! that we were in before, their messages are decrypted, so that the keys stay in step, and then
-//! dropped. Their changes of such a group still enter its history: they concern all members.
+//! The Welcomes of blocked people are not followed, and messages to groups that blocked people
+//! created are dropped. In groups that we were in before, their messages are decrypted, so that the
+//! keys stay in step, and then dropped. Their changes of such a group still enter its history: the
+//! changes concern all members.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +17,7 @@ use crate::error::Error;
 impl Messenger {
     /// Refuses everything that this person sends from now on, and declines this person's requests.
     ///
-    /// Earlier messages stay. Works without a connection; blocking a person twice is no error.
+    /// Earlier messages stay. Works without a connection; blocking a person twice is not an error.
     pub async fn block(&self, identity: IdentityKey) -> Result<Person, Error> {
         if identity == self.profile().identity {
             return Err(qpq_mls::Error::Yourself.into());

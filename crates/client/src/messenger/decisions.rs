@@ -69,7 +69,7 @@ struct Compared {
 /// A decision of this account's user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// The person is no stranger.
+    /// The person is an acquaintance.
     Met(IdentityKey),
     /// The request was accepted.
     Accepted(GroupId),
@@ -133,7 +133,7 @@ impl Messenger {
 }
 
 impl State {
-    /// Notes that the user wrote to a person or added the person, who is no stranger from now on.
+    /// Notes that the user wrote to a person or added the person, now an acquaintance.
     pub(super) fn note_contact(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if self.is_acquainted(identity)? {
             return Ok(());

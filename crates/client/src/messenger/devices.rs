@@ -29,7 +29,7 @@ const REVOKED: &[u8] = b"device-revoked";
 pub struct OwnDevice {
     /// The device's id.
     pub id: DeviceId,
-    /// The name that its owner chose. The people in our conversations see it.
+    /// The device's name, chosen by its owner. The people in our conversations see it.
     pub name: String,
     /// The time of the registration, by the server's clock.
     pub registered_at: UnixMillis,

@@ -114,8 +114,8 @@ impl Messenger {
         Ok(at)
     }
 
-    /// Returns the time at which the safety number with the owner of this key was compared, if it
-    /// was.
+    /// Returns the time at which the safety number with the owner of this key was compared; `None`
+    /// if never compared.
     pub async fn compared_at(&self, identity: &IdentityKey) -> Result<Option<UnixMillis>, Error> {
         let identity = *identity;
         self.store().read(move |state| Ok(state.people.compared_at(&identity)?)).await
@@ -130,7 +130,8 @@ impl Messenger {
         self.publish_key_packages_at(now()).await
     }
 
-    /// As [`Messenger::publish_key_packages`], at a given time. For tests.
+    /// Fills up our KeyPackages at the time `now`, for tests. See
+    /// [`Messenger::publish_key_packages`].
     #[doc(hidden)]
     pub async fn publish_key_packages_at(&self, now: UnixMillis) -> Result<(), Error> {
         self.ensure_device().await?;
@@ -292,7 +293,7 @@ fn is_replacement_due(state: &State, now: UnixMillis) -> Result<bool, Error> {
     if state.number(REPLACE_PACKAGES)?.is_some() {
         return Ok(true);
     }
-    // A time after now is from a wrong clock. Packages of that time are not yet valid.
+    // A time after now is from a wrong clock. Packages created at such a time are not yet valid.
     let is_due = |since: u64| {
         let since = UnixMillis(since);
         since > now.plus(CLOCK_MARGIN) || since.plus(RENEWED_AFTER) <= now

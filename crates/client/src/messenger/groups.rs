@@ -41,7 +41,7 @@ pub struct GroupMember {
     pub person: Person,
     /// The role of the account.
     pub role: Role,
-    /// The names of the account's devices in the group; one without a name is empty.
+    /// The names of the account's devices in the group; empty for a device without a name.
     pub devices: Vec<String>,
 }
 
@@ -240,9 +240,9 @@ impl Messenger {
 
 /// A group that cannot be read here and may be joined by an external commit.
 enum Lost {
-    /// Messages of a later epoch arrived, and the commits before them did not.
+    /// Messages of a later epoch arrived without the commits before them.
     Behind(GroupId, ChannelId),
-    /// Messages arrived, and no Welcome did.
+    /// Messages of a group arrived without its Welcome.
     Unknown(ChannelId),
 }
 
@@ -283,7 +283,8 @@ impl State {
         Ok(Some(Operation::Join { channel, known }))
     }
 
-    /// Saves a change that joins a group that is unknown here, unless one is pending.
+    /// Saves a pending join of the channel's group, unless one is pending already. The group is not
+    /// known to this client.
     fn add_join(&self, channel: ChannelId) -> Result<(), DatabaseError> {
         let mut known = self.acquaintances()?;
         known.push(self.me());

@@ -54,8 +54,8 @@ impl Listener {
 
     /// Returns all entries that are ready, at least one. Cancel-safe.
     ///
-    /// As [`Listener::next`]. Marking several entries as seen together costs as much as marking
-    /// one.
+    /// Marking several entries as seen together costs as much as marking one. See
+    /// [`Listener::next`].
     pub async fn next_all(&mut self) -> Option<Result<Vec<Entry>, Error>> {
         if let Some(error) = self.failed.take() {
             return Some(Err(error));

@@ -134,7 +134,7 @@ pub enum Event<P = Person> {
     },
     /// The group was renamed.
     Renamed {
-        /// The admin who renamed it.
+        /// The admin who renamed the group.
         by: P,
         /// The new name.
         name: String,
@@ -144,7 +144,7 @@ pub enum Event<P = Person> {
         /// The new admins.
         members: Vec<P>,
     },
-    /// Members are no admins from now on.
+    /// Members are no longer admins.
     Demoted {
         /// The former admins.
         members: Vec<P>,
@@ -175,7 +175,7 @@ pub enum Event<P = Person> {
         /// The reason, as a sentence.
         reason: String,
     },
-    /// These messages of the inbox never arrived: they expired, or another client received them.
+    /// Messages of the inbox never arrived: they expired, or another client received them.
     Missing {
         /// The seq of the first missing message.
         first: Seq,
@@ -344,7 +344,7 @@ impl Log {
         last.into_iter().rev().map(|item| Ok(read(&item)?.entry)).collect()
     }
 
-    /// Returns up to `limit` unseen entries after the given one, oldest first.
+    /// Returns up to `limit` unseen entries after `after`, oldest first.
     pub(crate) fn unseen(
         &self,
         after: Option<EntryId>,
@@ -510,7 +510,7 @@ mod tests {
         let start = log.end().unwrap();
         let (shown, after) = read(None, start);
         assert_eq!(shown, before[1..]);
-        // Another stream has shown these; the first is new.
+        // Another stream has shown all entries but the first new one.
         let new = [push(), push(), push()];
         log.mark_seen(&before).unwrap();
         log.mark_seen(&new[1..]).unwrap();

@@ -29,7 +29,7 @@ const GENERATION: &[u8] = b"generation";
 const MARKED: &[u8] = b"marked";
 /// The number in the outbox of the first item that was encrypted before the inbox was read.
 const UNVERIFIED: &[u8] = b"unverified";
-/// The number of messages that the state had encrypted before those items.
+/// The number of messages that the state had encrypted before the item of [`UNVERIFIED`].
 const VERIFIED_GENERATION: &[u8] = b"verified-generation";
 
 /// Present in the state of a device that was linked to an account.

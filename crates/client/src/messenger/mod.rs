@@ -19,7 +19,7 @@
 //! | `leave` | groups that are left |
 //! | `requests` | strangers' groups, which wait to be accepted |
 //! | `repair` | requests to repeat messages that cannot be read, and the answers |
-//! | `prune` | removal of records that are not needed any more |
+//! | `prune` | removal of records that are no longer needed |
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | the saved form of the state; `legacy`: that of earlier releases |
 
@@ -102,8 +102,8 @@ struct Shared {
     flushing: Mutex<()>,
     /// Held while groups are changed.
     changing: Mutex<()>,
-    /// Whether our KeyPackages on the server were counted since the profile was opened. They also
-    /// expire without being used.
+    /// Whether our KeyPackages on the server were counted since the profile was opened. KeyPackages
+    /// also expire without being used.
     keys_checked: AtomicBool,
     /// Whether the server refused our newest KeyPackages.
     keys_refused: AtomicBool,
@@ -134,7 +134,7 @@ pub enum ConversationKind {
     Group {
         /// The group's name.
         name: String,
-        /// The person who created it.
+        /// The person who created the group.
         creator: Person,
         /// The members who add and remove members and rename the group.
         admins: Vec<Person>,
@@ -215,8 +215,7 @@ impl Messenger {
         self.unseen_after(None, usize::MAX).await
     }
 
-    /// Returns up to `limit` entries after the given one that were not marked as seen, oldest
-    /// first.
+    /// Returns up to `limit` entries after `after` that were not marked as seen, oldest first.
     pub async fn unseen_after(
         &self,
         after: Option<EntryId>,
@@ -302,7 +301,7 @@ fn kind(state: &State, summary: GroupSummary) -> Result<ConversationKind, Error>
             ConversationKind::Direct { peer: state.people.person(&peer)? }
         }
         (ConversationId::Group(_), GroupKind::Direct { .. }) => {
-            unreachable!("a direct group is no group conversation")
+            unreachable!("a direct group is not a group conversation")
         }
     })
 }

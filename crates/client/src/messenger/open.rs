@@ -137,7 +137,7 @@ impl Messenger {
         Ok(revoked)
     }
 
-    /// Ends a session that is not needed any more. If the call fails, the session expires later.
+    /// Ends a session that is no longer needed. If the call fails, the session expires later.
     async fn end_session(&self, token: Option<SessionToken>) {
         let Some(token) = token else { return };
         if let Err(error) = self.client().end_session(token).await {

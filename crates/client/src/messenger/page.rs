@@ -36,7 +36,7 @@ pub(super) struct PageOutcome {
     pub(super) processed: Vec<u64>,
     /// The newest marker so far, which stays in the inbox.
     pub(super) newest: Option<OwnMarker>,
-    /// Whether there was a message that is no marker and was not processed before.
+    /// Whether there was a message that is not a marker and was not processed before.
     pub(super) news: bool,
     /// The members to remove.
     leaving: Leaving,
@@ -112,7 +112,7 @@ pub(super) fn process_page(
     let (blocked, database) = (state.blocked()?, state.database().clone());
     let has_other_devices = state.has_other_devices()?;
     let me = state.me();
-    // Another device of this account is no stranger.
+    // Another device of this account is not a stranger.
     let joins = |request: &qpq_mls::Request| {
         Ok(request.inviter.identity == me || joins(&database, request)?)
     };
@@ -227,8 +227,8 @@ impl Seqs {
         Ok(())
     }
 
-    /// Notes that the server's store went back. Its seqs begin at an earlier value, and KeyPackages
-    /// that it issued before may be issued again.
+    /// Notes that the server's store went back. The seqs of the store begin at an earlier value,
+    /// and KeyPackages that the store issued before may be issued again.
     fn go_back(&mut self, state: &mut State, at: UnixMillis) -> Result<(), Error> {
         if !self.went_back {
             state.log.push(None, at, Event::WentBack)?;

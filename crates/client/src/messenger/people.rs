@@ -134,7 +134,8 @@ impl People {
         }
     }
 
-    /// Returns the time at which the safety number with this key was compared, if it was.
+    /// Returns the time at which the safety number with this key was compared; `None` if never
+    /// compared.
     pub(crate) fn compared_at(
         &self,
         identity: &IdentityKey,

@@ -1,5 +1,5 @@
-//! Removal of old records: the digests of received messages that no inbox can contain any more, and
-//! the digests of sent ciphertexts that no member can ask for any more.
+//! Removal of old records: the digests of received messages that inboxes can no longer contain, and
+//! the digests of sent ciphertexts that members can no longer ask for.
 //!
 //! Each step removes a bounded number. A step runs with each page of the inbox and removes more
 //! than a page adds, so both tables stay as large as the retention needs.

@@ -11,7 +11,7 @@ use super::{
     people::{Known, Standing},
 };
 
-/// The error about bytes that are no valid record.
+/// The error about bytes that are not a valid record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Corrupt(String);
@@ -54,7 +54,7 @@ pub(super) fn conversation_key(conversation: Option<ConversationId>) -> Vec<u8> 
 pub(super) struct SavedConversation {
     #[prost(bytes = "vec", tag = "1")]
     id: Vec<u8>,
-    /// The time of its latest entry, in Unix milliseconds.
+    /// The time of the conversation's latest entry, in Unix milliseconds.
     #[prost(uint64, tag = "2")]
     pub(super) last: u64,
 }

@@ -61,7 +61,7 @@ const ANSWER_AGAIN_AFTER: Duration = Duration::from_secs(600);
 /// wait for its commit for 31 days, and the question may be in our inbox for 30 days. The time is
 /// doubled for devices that are seldom online.
 const ASKED_WITHIN: Duration = Duration::from_secs(300 * 24 * 3600);
-/// The difference between two clocks up to which neither is taken for wrong.
+/// The maximum tolerated difference between two clocks.
 const CLOCK_MARGIN: Duration = Duration::from_secs(24 * 3600);
 
 impl Messenger {
@@ -321,7 +321,7 @@ impl State {
         Ok(self.database().number_of_key(SENT, digest)?.is_some())
     }
 
-    /// Forgets ciphertexts of ours that no client asks for any more: of the `limit` oldest, those
+    /// Forgets ciphertexts of ours that clients no longer ask for: of the `limit` oldest, those
     /// that were encrypted [`ASKED_WITHIN`] ago. Returns their number.
     pub(super) fn forget_sent(&self, now: UnixMillis, limit: u32) -> Result<usize, Error> {
         let mut forgotten = 0;
@@ -392,7 +392,8 @@ impl Question {
         Some(Self { peer: IdentityKey::try_from(key).ok()?, at, asked })
     }
 
-    /// Returns whether no answer is expected any more. A question that was not asked yet stays.
+    /// Returns whether the time for an answer is over. Always false before the question was sent
+    /// once.
     fn is_over(&self, now: UnixMillis) -> bool {
         self.asked > 0 && self.at.plus(ASKED_WITHIN) <= now
     }

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::error::Error;
 
-/// The maximum number of strangers with a direct conversation in which we have not written.
+/// The maximum number of strangers whose direct conversation this account has not written in.
 pub const MAX_STRANGERS: u64 = 100;
 /// The maximum number of MLS groups of the direct conversation with one stranger. A client that
 /// lost its state creates a new one.
@@ -93,8 +93,8 @@ impl Messenger {
         Ok(requests)
     }
 
-    /// Accepts a request: joins its group. Its creator is no stranger from now on. Messages that
-    /// waited with the request are among the unseen entries afterwards.
+    /// Accepts a request: joins its group. The creator of the group is an acquaintance from
+    /// now on. Messages that waited with the request are among the unseen entries afterwards.
     pub async fn accept(&self, request: GroupId) -> Result<ConversationId, Error> {
         let conversation = self
             .store()
@@ -187,12 +187,12 @@ impl State {
         self.begin_noting_acquaintances()
     }
 
-    /// Returns whether a person is no stranger.
+    /// Returns whether a person is an acquaintance.
     pub(super) fn is_acquainted(&self, identity: &IdentityKey) -> Result<bool, DatabaseError> {
         Ok(self.database().get(ACQUAINTED, identity.as_bytes())?.is_some())
     }
 
-    /// Returns everyone who is no stranger.
+    /// Returns all acquaintances.
     pub(super) fn acquaintances(&self) -> Result<Vec<IdentityKey>, DatabaseError> {
         let people = self.people.everyone()?;
         let mut known = Vec::new();
@@ -204,7 +204,7 @@ impl State {
         Ok(known)
     }
 
-    /// Notes that a person is no stranger.
+    /// Notes that a person is an acquaintance.
     pub(super) fn note_acquaintance(&self, identity: &IdentityKey) -> Result<(), DatabaseError> {
         if !self.is_acquainted(identity)? {
             self.database().put(ACQUAINTED, identity.as_bytes(), None, b"")?;
@@ -282,7 +282,7 @@ impl State {
         let received = self.mls.accept(id)?.ok_or(Error::NoSuchRequest)?;
         let conversation = self.conversation_of(id)?;
         for one in received {
-            // We are no admin of a group that we were just invited to.
+            // We are not an admin of a group that we were just invited to.
             if !is_from(&one, &blocked) && !matches!(one, Received::Leaving { .. }) {
                 note(self, one, at)?;
             }

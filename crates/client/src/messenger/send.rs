@@ -123,7 +123,7 @@ impl Messenger {
         self.send_until(end).await
     }
 
-    /// Checks that this state is no older copy of the profile, before anything is encrypted.
+    /// Checks that this state is not an older copy of the profile, before anything is encrypted.
     ///
     /// If the server cannot be asked now, the check is done later.
     pub(super) async fn verify(&self) -> Result<(), Error> {
@@ -159,7 +159,7 @@ impl Messenger {
         if !self.shared.verified.load(Ordering::Relaxed) {
             let before = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             Box::pin(self.sync_and_settle_keys()).await?;
-            // Messages that were encrypted again have other positions.
+            // Messages that were encrypted again have new positions.
             let after = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             end = if after > before { after } else { end };
         }
@@ -257,7 +257,7 @@ impl Messenger {
 
     /// Creates a direct group with all devices of a person and of this account.
     ///
-    /// Its time of creation is after `after`, so that both sides send to this group.
+    /// The time of its creation is after `after`, so that both sides send to this group.
     pub(super) async fn begin_direct(
         &self,
         person: &Person,

@@ -16,7 +16,7 @@ pub(super) const UNCHECKED: Table = Table::new(36);
 pub(super) const BLOCKED: Table = Table::new(42);
 /// Single values.
 pub(super) const SETTINGS: Table = Table::new(37);
-/// Keys of people who are no strangers. Their groups are joined without asking.
+/// Keys of acquaintances. The groups of acquaintances are joined without asking.
 pub(super) const ACQUAINTED: Table = Table::new(43);
 /// The time at which the directory was last asked about the devices of an account, or of all
 /// accounts of a group. 45 and 46 are in `changes`.

@@ -110,7 +110,7 @@ async fn a_backlog_is_sent_up_to_the_given_message() {
     assert_eq!(
         unsent(&alice, with_bob).await,
         20,
-        "what is sent already is no reason to send more"
+        "what is sent already is not a reason to send more"
     );
     alice.flush().await.unwrap();
     assert_eq!(read(&bob).await.len(), 20);

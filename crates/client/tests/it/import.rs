@@ -50,7 +50,7 @@ async fn an_earlier_releases_profile_is_imported_and_its_file_removed() {
 
 #[tokio::test]
 async fn an_import_that_was_interrupted_begins_again_or_is_complete() {
-    // Interrupted while the new file was written, which is no database yet.
+    // Interrupted while the new file was written, which is not a database yet.
     let (dir, key) = fixture("bob");
     fs::write(dir.path().join("state.db.new"), b"half of it").unwrap();
     fs::write(dir.path().join("state.db.new-journal"), b"half of it").unwrap();

@@ -33,7 +33,7 @@ type Lie = Box<dyn FnMut(v1::PeekResponse) -> v1::PeekResponse + Send>;
 /// A server between the clients and an honest one.
 pub(crate) struct Liar {
     service: Arc<Relay>,
-    /// `None` while it is replaced.
+    /// `None` while the server is replaced.
     server: Option<qpq_transport::Server<Relay>>,
     certificates: Arc<Certificates>,
     pub(crate) fingerprint: Fingerprint,

@@ -429,11 +429,11 @@ async fn a_group_that_the_server_does_not_know_yet_is_joined_with_its_first_comm
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let group = alice.create_group("plans").await.unwrap();
     let laptop = server.linked(&alice, "laptop").await;
-    assert!(read(&laptop).await.is_empty(), "it is no error");
+    assert!(read(&laptop).await.is_empty(), "it is not an error");
     alice.add(group, &username("bob")).await.unwrap();
     accept_and_read(&bob).await;
     texts(&laptop).await;
-    assert!(laptop.requests().await.unwrap().waiting.is_empty(), "we are no stranger");
+    assert!(laptop.requests().await.unwrap().waiting.is_empty(), "we are an acquaintance");
     bob.send(group, "hello").await.unwrap();
     for device in [&alice, &laptop] {
         assert_eq!(texts(device).await, ["bob: hello"]);

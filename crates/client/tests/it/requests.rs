@@ -64,7 +64,7 @@ async fn messages_to_a_waiting_group_are_shown_once_it_is_accepted() {
     bob.send(group, "four").await.unwrap();
     assert_eq!(read(&dave).await, ["bob: four"]);
 
-    // Its creator is no stranger any more.
+    // The creator of the group is an acquaintance now.
     invite(&alice, "bob").await;
     assert_eq!(read(&bob).await, ["joined by alice", "alice: join us"]);
     assert!(bob.requests().await.unwrap().waiting.is_empty());

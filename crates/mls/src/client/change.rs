@@ -170,7 +170,7 @@ impl Client {
     /// author of the GroupInfo must be one of them.
     ///
     /// # Errors
-    /// [`Error::BadGroupInfo`], [`Error::NotAMember`] if this account is no member of the group.
+    /// [`Error::BadGroupInfo`], [`Error::NotAMember`] if this account is not a member.
     pub fn join_by_itself(
         &mut self,
         group_info: &[u8],

@@ -128,9 +128,9 @@ pub(super) fn judge(
 /// The author of a commit.
 struct Author {
     member: Member,
-    /// The place of its leaf before the commit; `None` for a device that joins by itself.
+    /// The place of the author's leaf before the commit; `None` for a device that joins by itself.
     place: Option<LeafNodeIndex>,
-    /// Its leaf after the commit, if that changes.
+    /// The author's leaf after the commit, if the leaf changes.
     next: Option<MemberDevice>,
 }
 

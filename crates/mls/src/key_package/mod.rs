@@ -187,7 +187,7 @@ pub(crate) fn parse_verified(bytes: &[u8]) -> Result<KeyPackage, Rejected> {
     })
 }
 
-/// Only its signature verification is used, which has no state.
+/// The provider of cryptography. Only its signature verification is used, which has no state.
 static CRYPTO: LazyLock<RustCrypto> = LazyLock::new(RustCrypto::default);
 
 enum Checkable {

@@ -101,8 +101,8 @@ fn a_last_resort_package_is_recognized() {
     assert!(checked.last_resort);
 }
 
-/// The time is the given one. openmls finds the lifetimes of 2001 wrong, and must have checked
-/// everything else before.
+/// Packages are checked at [`NOW`], in 2001. By the system's clock, openmls finds their lifetimes
+/// wrong, and must have checked everything else before.
 #[test]
 fn a_bad_signature_is_found_at_any_time_of_the_systems_clock() {
     let good = Recipe::default().bytes();

@@ -121,7 +121,7 @@ struct Offered {
     commit: Commit,
     /// The epoch for which the commit was created.
     epoch: u64,
-    /// The devices that it adds, with the number of times that they had lost their state.
+    /// The devices that the commit adds, each with the number of times it had lost its state.
     added: Vec<(usize, u32)>,
     removed: Vec<usize>,
     is_joining: bool,
@@ -428,7 +428,7 @@ impl Model {
                 }
                 Received::Ignored(Ignored::OwnMessage | Ignored::ForAnotherDevice) => {}
                 Received::Ignored(Ignored::BadWelcome) => {
-                    // The device was removed, and added again by a member that is no admin. The
+                    // The device was removed, and added again by a member that is not an admin. The
                     // device has not processed its removal yet.
                     assert!(!is_steady);
                     if let Some(since) = self.leaves.get_mut(&who) {
@@ -506,7 +506,7 @@ impl Model {
                 assert_eq!(self.summary(who), state, "{who} is where the others are");
                 assert_eq!(names(&mut self.world.clients[who]), expected);
             } else {
-                assert!(!self.is_active(who), "{who} knows that it is no member");
+                assert!(!self.is_active(who), "{who} knows that it is not a member");
             }
         }
         for (text, said) in &self.said {

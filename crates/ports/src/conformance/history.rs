@@ -50,7 +50,7 @@ pub async fn a_lease_of_another_history_removes_nothing(factory: &dyn Factory) {
     bench.deliver_all(alice, alice, &["one", "two"]).await;
     let lease = bench.lease(all(alice), EVERYTHING).await;
     bench.stores.maintenance.begin_history(OldSessions::Keep).await.expect("begun");
-    lease.complete(NOW).await.expect("it is no failure");
+    lease.complete(NOW).await.expect("it is not a failure");
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [1, 2]);
     lease.complete(NOW).await.expect("completed");

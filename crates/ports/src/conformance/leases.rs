@@ -103,7 +103,7 @@ pub async fn an_ack_removes_leased_messages(factory: &dyn Factory) {
     let lease = bench.lease(all(alice), EVERYTHING).await;
     assert_eq!(seqs(lease.page()), [2, 3]);
     assert_eq!(bench.ack(all(alice), None, &[2, 3]).await, 2);
-    lease.complete(NOW).await.expect("nothing is left to remove, which is no error");
+    lease.complete(NOW).await.expect("nothing is left to remove, which is not an error");
     assert_eq!(bench.peek(all(alice)).await, bench.nothing());
 }
 

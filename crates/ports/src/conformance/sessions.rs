@@ -68,7 +68,7 @@ pub async fn a_touch_moves_the_expiry(factory: &dyn Factory) {
         .sessions
         .touch(&token(9), used, expires)
         .await
-        .expect("no such session is no error");
+        .expect("a missing session is not an error");
     assert_eq!(bench.stores.sessions.find(&token(9)).await.expect("find"), None);
 }
 

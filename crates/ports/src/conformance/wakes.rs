@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{Stores, Wake};
 
-/// The time after which a wait counts as a lost wake. It only ends a test that would hang, and
-/// measures no speed.
+/// The time after which a wait counts as a lost wake. This limit only ends a test that would
+/// hang, and measures no speed.
 const NEVER: Duration = Duration::from_secs(60);
 
 async fn woken(wake: &mut Box<dyn Wake>, by: &str) {

@@ -1,4 +1,4 @@
-//! Sessions: tokens, lifetimes, logout, and callers stronger than a session.
+//! Sessions: tokens, lifetimes, logout, and callers of which more is required than a session.
 
 use std::{
     sync::{

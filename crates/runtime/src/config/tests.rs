@@ -14,9 +14,9 @@ crate::section! {
             variable: "SHORT_LISTEN", flag: "--listen";
         /// The names of the guests.
         guests: Vec<String> = Vec::new();
-        /// A part of it.
+        /// A nested section.
         tls: Tls = Tls::default();
-        /// Another part.
+        /// A second nested section.
         queue: Queue = Queue::default();
     }
 }
@@ -255,7 +255,7 @@ fn the_reference_lists_every_setting_with_its_default() {
     let page = markdown::<Root>();
     let row = "| `listen` | address | `\"0.0.0.0:5001\"` | The address to listen on. Also `--listen`, `SHORT_LISTEN`. |";
     assert!(page.contains(row), "{page}");
-    assert!(page.contains("## `[queue]`\n\nAnother part.\n"), "{page}");
+    assert!(page.contains("## `[queue]`\n\nA second nested section.\n"), "{page}");
     assert!(
         page.contains(
             "| `cert` | path | server-cert.der in the data directory | The certificate. |"

@@ -36,7 +36,7 @@ const ALL: &str = "
     SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
      WHERE m.group_id = $1 ORDER BY m.account";
 
-/// As [`ALL`], but includes the sender $2 only if it has another device than $3.
+/// Reads the members, the sender $2 only if it has another device than $3. See [`ALL`].
 const OTHERS: &str = "
     SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
      WHERE m.group_id = $1
@@ -146,7 +146,7 @@ impl SendToGroup<'_> {
         Ok(Some(first.ok_or(NeverWritten("outcome"))?))
     }
 
-    /// Returns the message to each recipient. All of them share the payload.
+    /// Returns the message to each recipient. All messages share the payload.
     async fn messages(&self, connection: &mut PgConnection) -> sqlx::Result<Vec<NewMessage>> {
         let message = self.message;
         let to = |recipient: IdentityKey| NewMessage {

@@ -1,5 +1,5 @@
-//! Devices that are absent while their messages fill much of their inbox. Their position is moved
-//! to the newest message, a bounded number of messages in each transaction.
+//! Devices that are absent while their messages fill much of their inbox. The position of such a
+//! device is moved to the newest message, a bounded number of messages in each transaction.
 //!
 //! The first step marks the device, whose reads are refused until its client has confirmed the new
 //! position. Later sweeps move the device further, until it reaches the newest message or its

@@ -142,8 +142,8 @@ impl BatchWorker for Committer {
         drop(shares);
         match outcome {
             Ok(outcomes) => self.committed(calls, &sizes, &messages, outcomes).await,
-            // The schema rejects one of the messages, which no check before has refused. Each call
-            // is committed separately, so that the other calls succeed.
+            // Postgres rejected a message that passed all earlier checks. Commit each call
+            // separately, so that the other calls succeed.
             Err(error) if error.kind() == PostgresErrorKind::Rejected && calls.len() > 1 => {
                 let mut messages = &messages[..];
                 for (call, size) in calls.into_iter().zip(sizes) {

@@ -49,7 +49,7 @@ pub(super) struct CompletedPage {
 pub(super) enum Completion {
     /// The messages are removed. The number is that of the reader's removal, or [`UNKNOWN_REMOVAL`]
     /// if no message of the page was left for the reader: an ack removed them, this edge removed
-    /// them and the answer of Postgres was lost, or the reader does not exist any more.
+    /// them and the answer of Postgres was lost, or the reader no longer exists.
     Removed(u64),
     /// The page is of another history than the present one. Nothing was removed.
     OtherHistory,

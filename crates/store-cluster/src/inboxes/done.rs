@@ -164,10 +164,11 @@ pub(super) struct DeviceCompletion {
     pub(super) number: u64,
 }
 
-/// Completes pages of devices that were read in one history, at most one of each registration.
+/// Completes pages of several devices, at most one page per registration. All pages were read from
+/// the store with the id `store_id`.
 ///
-/// Returns the newly completed messages; `None` if the store is in another history. Pages of
-/// registrations that do not exist any more are ignored.
+/// Returns the newly completed messages; `None` if the store has another id now. Pages of
+/// registrations that no longer exist are ignored.
 pub(super) struct CompletePages {
     pub(super) store_id: StoreId,
     pub(super) pages: Vec<DevicePage>,

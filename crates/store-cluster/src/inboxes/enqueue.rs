@@ -66,8 +66,9 @@ const WRITE: &str = "
     SELECT * FROM unnest($5::int8[], $6::int8[], $7::int8[], $8::int8[], $9::bytea[], $10::bytea[],
                          $11::bytea[], $12::bytea[], $13::bytea[])";
 
-/// As [`WRITE`], for payloads that several messages share: $13 the payloads, $14 their numbers and
-/// $15 their sizes if they are stored once, $16 the index of each message's payload, from 1.
+/// Inserts messages of which several share a payload: $13 the payloads, $14 their numbers and $15
+/// their sizes if they are stored once, $16 the index of each message's payload, from 1. See
+/// [`WRITE`].
 const WRITE_SHARED: &str = "
     WITH moved AS (
         UPDATE inbox i
@@ -89,18 +90,22 @@ const WRITE_SHARED: &str = "
                  place)
       JOIN shared s ON s.place = m.place";
 
-/// An inbox whose head is locked, and the decisions about it.
+/// The locked head of an inbox, and the messages that the transaction adds to the inbox.
 struct Head {
     id: i64,
+    /// The seq of the next message.
     next: Seq,
     messages: u64,
     bytes: u64,
     next_expiry: i64,
     expired: ExpiredCounts,
+    /// The time of Postgres when the head was locked.
     postgres: Option<UnixMillis>,
     /// The registered devices; `None` without any.
     devices: Option<Vec<RegistrationId>>,
+    /// The number of messages that the transaction adds.
     added: i64,
+    /// The size of the messages that the transaction adds.
     added_bytes: i64,
     /// The messages and bytes of each sender that was looked up.
     sender_counts: HashMap<IdentityKey, (u64, u64)>,

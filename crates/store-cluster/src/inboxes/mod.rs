@@ -101,8 +101,8 @@ impl InboxRead<'_> {
         self.guard.map(LeaseGuard::term)
     }
 
-    /// Reads the head, and returns the state for the reader; `None` if it is not a reader of the
-    /// inbox any more.
+    /// Reads the head, and returns the state for the reader; `None` if it is no longer a reader
+    /// of the inbox.
     async fn present(&self, inner: &Inner) -> StoreResult<Option<State>> {
         let head = inner.heads.get(&self.request.query.reader).await?.head;
         let is_same = |head: &Head| {

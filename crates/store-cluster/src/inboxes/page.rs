@@ -46,7 +46,7 @@ const HEAD: &str = concat!(
 
 /// $1 inbox, $2 the seq after which to read, $3 now, $4 rows, $5 the store id, then the
 /// registration and the channel, where the condition has them. Returns no rows if the store is in
-/// another history, or the registration does not exist any more.
+/// another history, or the registration no longer exists.
 macro_rules! messages {
     ($after:literal, $condition:expr) => {
         concat!(
@@ -61,7 +61,7 @@ macro_rules! messages {
         )
     };
 }
-/// As [`messages`], for the messages that wait for the device.
+/// Returns the SQL of a page of the messages that wait for a device. See [`messages`].
 macro_rules! messages_of_device {
     ($condition:literal) => {
         messages!(
@@ -96,9 +96,9 @@ const WHOLE: &str = concat!(
      WHERE i.id = $1 AND i.devices = 0"
 );
 
-/// As [`WHOLE`], for the messages that wait for the registration $3. The head does not show their
-/// size, since most messages of the inbox may wait for other devices only. If they have more than
-/// $4 bytes in total, their payloads are not read.
+/// Reads the messages that wait for the registration $3. The head does not show their size, since
+/// most messages of the inbox may wait for other devices only. If they have more than $4 bytes in
+/// total, their payloads are not read. See [`WHOLE`].
 const WHOLE_OF_DEVICE: &str = concat!(
     "SELECT ",
     store_id!(),
@@ -414,15 +414,15 @@ impl Statement for ReadMessages {
 /// All messages that wait for a reader.
 #[derive(Debug)]
 pub(super) enum Whole {
-    /// They fit a queue. Expired messages are included.
+    /// The messages fit in one queue, expired ones included.
     Small(Snapshot),
-    /// They do not fit a queue.
+    /// The messages do not fit in one queue.
     Large,
-    /// The reader does not exist any more.
+    /// The reader no longer exists.
     NoReader,
 }
 
-/// Returns all messages that wait for the reader of the head, if they fit a queue.
+/// Returns all messages that wait for the reader of the head, if they fit in one queue.
 pub(super) async fn whole(database: &Database, head: &Head) -> StoreResult<Whole> {
     let read = ReadInbox { inbox: head.inbox, registration: head.registration() };
     Ok(database.run(&read).await?)

@@ -17,8 +17,8 @@ use crate::postgres::{ClusterMark, row::number};
 /// stored once costs a lock and a probe with each removal.
 const SHARED_BYTES: usize = 512;
 
-/// The minimum number of messages that share a payload that is stored once. Its row and index entry
-/// write about as much log as three copies of the minimum size.
+/// The minimum number of messages that share a payload that is stored once. The row and the index
+/// entry of such a payload write about as much log as three copies of the minimum size.
 const SHARED_MESSAGES: usize = 4;
 
 /// The size of the payload of a message `m`. Reads no payload.

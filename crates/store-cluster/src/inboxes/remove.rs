@@ -390,7 +390,7 @@ pub(super) struct DueId<'a> {
 pub(super) struct FreedIds {
     pub(super) messages: u64,
     pub(super) bytes: u64,
-    /// As [`RemainingHead::payloads`].
+    /// The payloads to count down. See [`RemainingHead::payloads`].
     pub(super) payloads: Vec<i64>,
 }
 

@@ -32,7 +32,7 @@ impl Access {
         Ok(connection)
     }
 
-    /// As [`open`](Self::open), without a password.
+    /// Connects to this node without a password. See [`open`](Self::open).
     pub(super) async fn open_anonymously(
         &self,
         node: &ConnectionInfo,

@@ -132,10 +132,10 @@ pub(crate) struct LeaseId(pub(crate) String);
 /// The states of a queue that a read accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
-    /// Only the given state.
+    /// Only the state of the read.
     Same,
-    /// The given state or a later one. Postgres has just confirmed that the queue was not ahead of
-    /// it.
+    /// The state of the read or a later one. Postgres has just confirmed that the queue was not
+    /// ahead of the state of the read.
     AtLeast,
 }
 
@@ -194,7 +194,8 @@ pub(crate) struct VisiblePage {
 pub(crate) struct Claimed {
     /// The number of seqs before the first leased one.
     pub(crate) seqs: usize,
-    /// As [`VisiblePage::stopped_for`].
+    /// The time until the end of the lease at which the page stops. See
+    /// [`VisiblePage::stopped_for`].
     pub(crate) stopped_for: Option<Duration>,
 }
 

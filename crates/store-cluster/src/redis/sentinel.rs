@@ -1,6 +1,6 @@
 //! The primary of a Redis with Sentinels. The Sentinels are asked for its address before the first
-//! connection, and again when a failure shows that the node is unreachable or not the primary any
-//! more. All Sentinels are asked concurrently and the first valid answer counts, so a hanging
+//! connection, and again when a failure shows that the node is unreachable or no longer the
+//! primary. All Sentinels are asked concurrently and the first valid answer counts, so a hanging
 //! Sentinel delays no call.
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};

@@ -42,7 +42,8 @@ const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
 
-/// Without such a session, the result is one row with the store id and NULLs.
+/// Finds a session by its token. Without such a session, the result is one row with the store id
+/// and NULLs.
 const FIND: &str = concat!(
     "SELECT h.store_id, f.account, f.identity, f.device, f.authenticated_at, f.last_used_at, f.expires_at
        FROM (SELECT ",

@@ -85,7 +85,8 @@ impl InRedis {
         })
     }
 
-    /// Stores a copy of the row that Postgres returned after `asked_at`, in that history.
+    /// Stores a copy of the row that Postgres returned after `asked_at`, in the history of
+    /// `store_id`.
     pub(super) async fn fill(
         &self,
         token: &TokenHash,
@@ -96,7 +97,7 @@ impl InRedis {
         self.store(token, store_id, session, asked_at, KEEP).await
     }
 
-    /// As [`fill`](Self::fill), but replaces any copy.
+    /// Stores a copy of the row in place of any other copy. See [`fill`](Self::fill).
     pub(super) async fn replace(
         &self,
         token: &TokenHash,

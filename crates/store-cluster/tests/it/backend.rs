@@ -83,7 +83,7 @@ pub(crate) struct Servers<R = Redis> {
     pub(crate) postgres: Postgres,
     pub(crate) redis: R,
     pub(crate) nats: Nats,
-    /// The authority of their certificates, if they are encrypted.
+    /// The authority of the servers' certificates, if connections are encrypted.
     authority: Option<Authority>,
     clusters: AtomicU32,
 }
@@ -94,7 +94,7 @@ impl Servers {
         Self::with(Redis::start())
     }
 
-    /// Starts all of them with TLS, with certificates of an authority that no system trusts.
+    /// Starts the servers with TLS, with certificates of an authority that no system trusts.
     pub(crate) fn start_encrypted() -> BoxFuture<'static, Arc<Self>> {
         Box::pin(async {
             let authority = Authority::new().expect("an authority");
@@ -191,7 +191,7 @@ impl<R: AnyRedis> Servers<R> {
         }
     }
 
-    /// Waits until all leases of the cluster have expired. Its edges are dead and renew none.
+    /// Waits until all leases of the cluster have expired. All edges are dead and renew none.
     async fn leases_have_run_out(&self, config: &Config) {
         eventually("the leases of a dead edge to run out", || async {
             for node in self.redis.nodes() {
@@ -209,7 +209,7 @@ impl<R: AnyRedis> Servers<R> {
 async fn has_leases(node: &Redis, namespace: &str) -> bool {
     let Ok(mut redis) = node.connect().await else { return false };
     let now = redis.command(["TIME"]).await.expect("TIME");
-    let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is no time") };
+    let [seconds, micros] = now.array().expect("a list") else { panic!("{now:?} is not a time") };
     let clock = number::<u64>(seconds) * 1_000 + number::<u64>(micros) / 1_000;
     let leases = redis.command(["KEYS", &format!("{namespace}:*}}l*")]).await.expect("KEYS");
     for key in leases.array().expect("a list") {
@@ -234,7 +234,7 @@ fn number<T: std::str::FromStr>(reply: &Reply) -> T {
         .text()
         .ok()
         .and_then(|text| text.parse().ok())
-        .unwrap_or_else(|| panic!("{reply:?} is no number"))
+        .unwrap_or_else(|| panic!("{reply:?} is not a number"))
 }
 
 /// Waits until a condition is true.
@@ -333,7 +333,7 @@ impl Process {
 
     pub(crate) async fn crash(self) {
         // A runtime must not be dropped by a task. This waits for the end of the runtime, since a
-        // dead process executes nothing any more.
+        // dead process no longer executes anything.
         let runtime = self.runtime;
         tokio::task::spawn_blocking(move || drop(runtime)).await.expect("no panic");
     }

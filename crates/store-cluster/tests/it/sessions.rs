@@ -20,7 +20,7 @@ const LONG: Duration = Duration::from_secs(10 * 60);
 /// Short enough for a test to wait until a copy is too old.
 const BRIEF: Duration = Duration::from_secs(2);
 
-/// Creates a cluster in which copies of sessions are valid for that time.
+/// Creates a cluster in which copies of sessions are valid for `session_cache`.
 async fn cluster(session_cache: Duration) -> (Arc<Servers>, Config) {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;

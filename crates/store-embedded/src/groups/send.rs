@@ -38,7 +38,7 @@ const ALL: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
      WHERE m.group_id = ?1 ORDER BY m.account";
 
-/// As [`ALL`], without the sender ?2 unless the sender has another device than ?3.
+/// The members, without the sender ?2 unless the sender has another device than ?3. See [`ALL`].
 const OTHERS: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
      WHERE m.group_id = ?1
@@ -130,7 +130,7 @@ impl SendToGroup {
         Ok(Some(first.ok_or(NeverWritten("outcome"))?))
     }
 
-    /// Returns the message to each recipient. They share the payload.
+    /// Returns the message to each recipient. All messages share the payload.
     async fn messages(&self, tx: &mut SqliteConnection) -> sqlx::Result<Vec<NewMessage>> {
         let message = &self.message;
         let to = |recipient| NewMessage {

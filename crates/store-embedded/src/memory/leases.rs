@@ -87,7 +87,7 @@ impl LeaseTable {
         if state.reads_in_progress > 0 {
             return;
         }
-        // No read compares with the counts of removals any more.
+        // Reads no longer compare with the counts of removals.
         state.readers.retain(|reader| !reader.leased.is_empty());
         if state.readers.is_empty() {
             shard.remove(inbox);

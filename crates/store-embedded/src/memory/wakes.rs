@@ -2,7 +2,8 @@
 //! and one flag.
 //!
 //! A subscription is to an inbox, so a message wakes all readers of the inbox. A completion by one
-//! device wakes the other devices too. Their next read then returns no message.
+//! device wakes the other devices too. The next read of those devices then returns no
+//! message.
 //!
 //! Each subscription stores a wake until it is awaited. The writer commits and then wakes; a read
 //! subscribes and then reads. So either the read sees the message, or the wake reaches its

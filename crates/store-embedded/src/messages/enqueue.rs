@@ -8,8 +8,8 @@
 //! all calls that wait, and they are inserted up to [`MAX_ROWS`] at a time. Each row contains the
 //! number of earlier messages to the same inbox in the statement, from which its seq follows. If
 //! one of these is not accepted, the seqs of the later ones are wrong, and a trigger leaves those
-//! messages out too. All messages that were left out are then handled one by one, in order. Their
-//! reasons are looked up together (`left_out`).
+//! messages out too. All messages that were left out are then handled one by one, in order. The
+//! reasons why they were left out are looked up together (`left_out`).
 //!
 //! A payload that several consecutive messages share is stored once, in a row of its own, and the
 //! messages refer to that row.
@@ -45,17 +45,17 @@ const MIN_REMOVAL: i64 = 16;
 static INSERTS: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Own)).collect());
 
-/// As [`INSERTS`], for rows that refer to one payload. The number of the payload is the parameter
-/// after the rows.
+/// The insert statements for rows that refer to one payload. The number of the payload is the
+/// parameter after the rows. See [`INSERTS`].
 static INSERTS_SHARED: LazyLock<Vec<String>> =
     LazyLock::new(|| (0..=MAX_ROWS).map(|rows| insert_sql(rows, Payloads::Shared)).collect());
 
 /// The level up to which an inbox is filled.
 #[derive(Clone, Copy)]
 enum Fill {
-    /// Until it is half full, if senders are limited to a share above that.
+    /// Fills the inbox halfway, if senders are limited to a share above that.
     Half,
-    /// Until it is full.
+    /// Fills the inbox completely.
     Full,
 }
 

@@ -104,7 +104,7 @@ struct Waiting {
     highest: Seq,
     /// `true` if no other message up to the highest waits for the device.
     is_in_order: bool,
-    /// `true` if all of them also wait for one other device.
+    /// `true` if all of the messages also wait for one other device.
     is_kept: bool,
 }
 

@@ -262,7 +262,7 @@ pub(super) async fn find_next_expiry(
     sqlx::query(NEXT_EXPIRY).bind(inbox).execute(connection).await.map(drop)
 }
 
-/// Removes up to [`SWEEP_ROWS`] message ids that need not be remembered any more. Returns their
+/// Removes up to [`SWEEP_ROWS`] message ids that no longer need to be remembered. Returns their
 /// number.
 pub(crate) async fn forget_ids(
     connection: &mut SqliteConnection,

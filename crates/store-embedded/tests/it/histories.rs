@@ -24,9 +24,9 @@ enum Step {
     Crash,
 }
 
-/// Returns a strategy for operations. They have four accounts, of which three exist from the start,
-/// three channels and that of a group, and five ids: few enough that they often concern the same
-/// one.
+/// Returns a strategy for operations. The operations have four accounts, of which three exist from
+/// the start, three channels and that of a group, and five ids: few enough that operations often
+/// concern the same account, channel or id.
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         12 => inbox_op(),

@@ -134,7 +134,7 @@ impl ServerVerifier {
         self.verified.lock().seen
     }
 
-    /// Returns the reason why the certificate was rejected, if it was.
+    /// Returns the reason why the certificate was rejected; `None` if it was not rejected.
     pub(super) fn rejection(&self) -> Option<Rejection> {
         self.verified.lock().rejection.take()
     }

@@ -52,8 +52,8 @@ pub(crate) enum GroupCommand {
     },
     /// Join a group again whose messages this device can no longer read
     ///
-    /// The other members see it. Their clients are asked to repeat the messages that
-    /// were sent meanwhile.
+    /// The other members see that you joined again. Their clients are asked to repeat
+    /// the messages that were sent meanwhile.
     #[command(verbatim_doc_comment)]
     Rejoin {
         /// The group's name, or the beginning of its id
@@ -77,9 +77,9 @@ pub(crate) enum GroupCommand {
     },
     /// Leave a group
     ///
-    /// Its later messages are not shown. Its members see you leave once the client of
-    /// an admin has read the request. If you are its only admin, the oldest other
-    /// member becomes one.
+    /// Later messages of the group are not shown. The members see you leave once the
+    /// client of an admin has read the request. If you are the only admin, the oldest
+    /// other member becomes one.
     #[command(verbatim_doc_comment)]
     Leave {
         /// The group's name, or the beginning of its id

@@ -67,7 +67,7 @@ pub(super) async fn run(chat: &Chat<'_>, linger: u64) -> Result<(), CliError> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Input {
     Open,
-    /// All input is read, and not all of it is sent yet.
+    /// All input is read, and some of the input is not sent yet.
     Ended,
     Lingering(Instant),
 }

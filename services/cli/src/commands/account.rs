@@ -197,7 +197,7 @@ struct LoggedOut {
     sessions_ended: Option<u32>,
     /// The reason why the server could not be reached.
     problem: Option<String>,
-    /// Whether there was no key to forget.
+    /// Whether the profile was already locked.
     #[serde(skip)]
     was_locked: bool,
 }

@@ -22,7 +22,7 @@ struct Listed {
     profile: String,
     username: String,
     server: String,
-    /// Whether commands can use it without a password.
+    /// Whether commands can use the profile without a password.
     unlocked: bool,
     registered: bool,
 }

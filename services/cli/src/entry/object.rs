@@ -48,7 +48,7 @@ struct ConversationObject<'a> {
     name: Option<&'a str>,
 }
 
-/// A person, as in the JSON of every command.
+/// A person in the JSON output of the commands.
 #[derive(Debug, Serialize)]
 pub(crate) struct PersonObject<'a> {
     username: &'a str,

@@ -82,7 +82,7 @@ async fn logging_out_ends_the_session_and_forgets_the_key() {
     assert_eq!((ran.code, &ran.error()["hint"]), (Some(3), &json!("run `qpq login`")), "{ran:?}");
     assert_eq!(thief.json(&["whoami"]).await[0]["session"], "ended");
 
-    // A second logout is no error.
+    // A second logout is not an error.
     assert_eq!(alice.json(&["logout"]).await[0]["sessions_ended"], json!(null));
     let said = alice.ok(&["logout"]).await;
     assert!(said.starts_with("alice is not logged in on this machine.\n"), "{said}");

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::harness::{PASSWORD, Person, World, finish};
 
-/// Enqueues payloads that are no messages.
+/// Enqueues payloads that are not messages.
 async fn send_junk(world: &World, from: &Person, to: &Person, payloads: &[Vec<u8>]) {
     let fingerprint = world.fingerprint.parse().unwrap();
     let client = Client::new(Options::new(&world.address, Trust::Pinned(fingerprint))).unwrap();

@@ -64,7 +64,7 @@ pub(super) enum Operation {
 pub(super) enum Cause {
     /// The person. The change is not shown as news.
     Person,
-    /// This client, without a command.
+    /// The client itself, without a command by the person.
     Client,
 }
 

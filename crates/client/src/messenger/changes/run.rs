@@ -326,7 +326,8 @@ impl Messenger {
         Ok(())
     }
 
-    /// Removes an account from the server's list of members, if it is there and we may.
+    /// Removes an account from the server's list of members, if it is listed and the server permits
+    /// it.
     async fn remove_member(&self, channel: ChannelId, member: IdentityKey) -> Result<(), Error> {
         let request = v1::RemoveMemberRequest {
             channel_id: channel.as_bytes().to_vec().into(),
@@ -334,8 +335,9 @@ impl Messenger {
             ..Default::default()
         };
         match self.client().call::<methods::RemoveMember>(request).await {
-            // Another member has removed it, or we are no admin on the server. Clients trust the
-            // members of the MLS group, not this list.
+            // Another member removed the account already, or this account is not an admin on the
+            // server. Neither is an error: clients trust the MLS group, not the server's list of
+            // members.
             Err(error) if is_refusal(&error) => Ok(()),
             answer => Ok(answer.map(drop)?),
         }

@@ -324,7 +324,7 @@ mod tests {
         state.note_link_message(found, START, START).unwrap();
         assert!(waiting(&state, START).is_empty());
         assert!(state.log.unseen(None, 10).unwrap().is_empty());
-        // On another channel it is no request.
+        // On another channel the message is not a request.
         assert!(state.link_message(ChannelId::DEFAULT, &request(1, START).message()).is_none());
     }
 }

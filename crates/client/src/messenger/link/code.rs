@@ -60,7 +60,7 @@ impl fmt::Debug for LinkCode {
     }
 }
 
-/// The text is no code.
+/// The text is not a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a code has 10 letters and digits, such as 7K2QM-94XTB")]
 pub struct InvalidLinkCode;

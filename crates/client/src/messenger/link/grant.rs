@@ -105,7 +105,7 @@ pub(super) struct GrantedPerson {
 impl Grant {
     /// Seals the grant for a request, and returns the message.
     ///
-    /// A grant that would be too large leaves out people that are no acquaintances.
+    /// A grant that would be too large leaves out people that are not acquaintances.
     pub(super) fn seal(&self, request: &Request, export_key: &ExportKey) -> Result<Vec<u8>, Error> {
         let mut encoded = Encoded {
             identity_seed: self.identity.seed().to_vec(),
@@ -143,8 +143,8 @@ impl Grant {
 }
 
 impl Encoded {
-    /// Shortens the grant to `max` bytes: removes people that are no acquaintances, then members of
-    /// the largest conversations.
+    /// Shortens the grant to `max` bytes: removes people that are not acquaintances, then members
+    /// of the largest conversations.
     fn shorten(&mut self, max: usize) {
         if self.encoded_len() > max {
             self.people.retain(|person| person.is_acquainted);

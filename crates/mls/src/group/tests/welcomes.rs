@@ -73,8 +73,8 @@ fn a_leaf_whose_lifetime_is_over_does_not_keep_others_from_joining() {
 }
 
 /// The recipients of a Welcome are not authenticated, so the server can derive several Welcomes
-/// from one. With a last-resort package, each of them could be opened. It would reset the group to
-/// the epoch of the joining, and old messages would be read as new ones.
+/// from one. With a last-resort package, each of them could be opened, and would reset the group
+/// to the epoch of the joining: old messages would be read as new ones.
 #[test]
 fn a_welcome_of_an_earlier_epoch_does_not_replace_the_group() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));

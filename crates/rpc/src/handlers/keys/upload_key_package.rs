@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 use super::{OwnDevices, check_owner};
 use crate::{App, Caller, Cx, Error, Handled, Handler, Subject};
 
-/// The number of KeyPackages after which the call yields to others on its worker. Their checks, two
-/// signatures and a hash each, take about a millisecond.
+/// The number of KeyPackages after which the call yields to others on its worker. The checks of
+/// that number, two signatures and a hash each, take about a millisecond.
 const STRIDE: usize = 8;
 
 impl Handler for methods::UploadKeyPackage {

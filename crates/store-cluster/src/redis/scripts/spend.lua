@@ -16,7 +16,7 @@ if full_at - now > tonumber(ARGV[6]) then full_at = now end
 -- A cost of more than the burst needs a full bucket, and leaves a debt.
 local needed = math.min(cost, burst)
 local lacking = (full_at - now) / per_token + needed - burst
--- Instants are whole milliseconds, so a debt that one millisecond restores is no reason to refuse.
+-- Instants are whole milliseconds, so a debt that one millisecond restores is not refused.
 if not (lacking * per_token < 1e-3) then
   return string.format('%.17g', math.ceil(lacking * per_token - 1e-3))
 end

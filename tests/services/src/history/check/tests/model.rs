@@ -192,7 +192,7 @@ impl Model {
                 self.ack(Inbox(inbox), reader, through, answer, ended);
             }
             Act::LateAck { inbox, reader } => self.ack_late(Inbox(inbox), reader, ended),
-            Act::Backup | Act::Change { .. } => unreachable!("they are no calls"),
+            Act::Backup | Act::Change { .. } => unreachable!("they are not calls"),
         }
     }
 
