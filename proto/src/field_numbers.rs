@@ -36,7 +36,7 @@ fn assert_encoding<M: Message + Default + PartialEq + Debug>(message: M, fields:
 }
 
 #[test]
-fn auth() {
+fn field_numbers_of_auth_messages_are_stable() {
     assert_encoding(
         OpaqueRegisterStartRequest { username: "u".into(), request: b("r") },
         &[data(1, "u"), data(2, "r")],
@@ -84,7 +84,7 @@ fn auth() {
 }
 
 #[test]
-fn sending() {
+fn field_numbers_of_send_messages_are_stable() {
     let request = EnqueueRequest {
         recipient_key: b("rk"),
         payload: b("p"),
@@ -149,7 +149,7 @@ fn sending() {
 }
 
 #[test]
-fn reading() {
+fn field_numbers_of_read_requests_are_stable() {
     assert_encoding(
         FetchRequest {
             recipient_key: b("rk"),
@@ -225,7 +225,7 @@ fn reading() {
 }
 
 #[test]
-fn read_responses() {
+fn field_numbers_of_read_responses_are_stable() {
     let envelope =
         Envelope { seq: 1, data: b("d"), channel_id: b("c"), enqueued_at: 4, origin: "o".into() };
     let fields = [
@@ -246,7 +246,7 @@ fn read_responses() {
 }
 
 #[test]
-fn moderation() {
+fn field_numbers_of_moderation_messages_are_stable() {
     assert_encoding(
         ReportMessageRequest {
             encrypted_report: b("er"),
@@ -288,7 +288,7 @@ fn moderation() {
 }
 
 #[test]
-fn blocks() {
+fn field_numbers_of_block_messages_are_stable() {
     assert_encoding(
         BlockUserRequest { identity_key: b("ik"), unblock: true, session_token: b("t") },
         &[data(1, "ik"), number(2, 1), data(15, "t")],
@@ -301,7 +301,7 @@ fn blocks() {
 }
 
 #[test]
-fn refusals_and_health() {
+fn field_numbers_of_error_details_and_health_are_stable() {
     assert_encoding(
         ErrorDetail {
             code: "c".into(),

@@ -89,7 +89,7 @@ fn without_network_the_copy_is_checked() {
 }
 
 #[test]
-fn a_finding_is_a_failure() {
+fn a_finding_of_the_check_fails_the_script() {
     let home = TempDir::new().expect("a directory");
     create_copy(home.path());
     for fetch in [Deny::Succeeds, Deny::Fails] {

@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn the_password_that_registered_logs_in_and_gives_the_same_export_key() {
+    fn the_password_that_registered_logs_in_and_yields_the_same_export_key() {
         let setup = ServerSetup::<Suite>::new(&mut OsRng);
         let password = Password::from("correct horse");
         let (record, registered) = register(&setup, &password);

@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_a_host_and_maybe_a_port() {
+    fn addresses_are_split_into_host_and_port_and_malformed_ones_refused() {
         for (address, expected) in [
             ("example.org", Some(("example.org", 5001))),
             ("example.org:443", Some(("example.org", 443))),

@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_written_profile_is_read_and_a_damaged_one_is_named() {
+    fn a_written_profile_is_read_and_a_damaged_one_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         assert!(matches!(Profile::read(dir.path()), Err(ProfileError::Missing(_))));
         profile().write(dir.path()).unwrap();
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_profile_is_shared_unless_one_process_needs_it_alone() {
+    async fn a_profile_is_shared_unless_a_process_has_locked_it() {
         let dir = tempfile::tempdir().unwrap();
         let alone = lock(dir.path()).await.unwrap();
         assert!(matches!(enter(dir.path()).await, Err(ProfileError::InUse(_))));
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_turn_is_waited_for_within_a_bound() {
+    async fn waiting_for_a_turn_ends_after_the_given_time() {
         let dir = tempfile::tempdir().unwrap();
         let wait = |task| turn(dir.path(), task, Duration::from_secs(1));
         let held = wait(Task::ReadInbox).await.unwrap().unwrap();

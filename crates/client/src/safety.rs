@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_sides_see_the_same_number_and_others_another() {
+    fn safety_numbers_are_symmetric_and_differ_between_pairs() {
         let [a, b, c] = [1, 2, 3].map(|n| IdentityKey::new([n; 32]));
         assert_eq!(safety_number(&a, &b), safety_number(&b, &a));
         assert_ne!(safety_number(&a, &b), safety_number(&a, &c));
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_sixty_digits_in_groups_of_five() {
+    fn a_safety_number_has_sixty_digits_in_groups_of_five() {
         let number = safety_number(&IdentityKey::new([4; 32]), &IdentityKey::new([5; 32]));
         let groups: Vec<_> = number.split(' ').collect();
         assert_eq!(groups.len(), 12);

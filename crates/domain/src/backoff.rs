@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn the_jitter_is_full() {
+    fn the_jitter_ranges_from_zero_to_the_longest_wait() {
         assert_eq!(BACKOFF.delay(3, 0), Duration::ZERO);
         assert_eq!(BACKOFF.delay(3, u64::MAX / 4).as_millis(), 200);
         assert_eq!(BACKOFF.delay(3, u64::MAX).as_millis(), 800);

@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn senders_are_limited_once_an_inbox_is_more_than_half_full() {
+    fn senders_are_limited_in_an_inbox_that_is_more_than_half_full() {
         let limits =
             DeliveryLimits { max_messages: 9, max_bytes: 100, ..DeliveryLimits::default() };
         assert!(!limits.limits_senders(4, 50));

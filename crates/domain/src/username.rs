@@ -207,7 +207,7 @@ mod tests {
         }
 
         #[test]
-        fn parsing_never_panics(raw in any::<String>()) {
+        fn parsing_an_arbitrary_string_does_not_panic(raw in any::<String>()) {
             let _ = Username::parse(&raw);
         }
     }

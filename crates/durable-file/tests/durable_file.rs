@@ -94,7 +94,7 @@ fn a_dropped_draft_leaves_the_old_file_and_nothing_else() {
 }
 
 #[test]
-fn a_target_that_cannot_be_replaced_is_an_error_and_stays() {
+fn replacing_a_directory_fails_and_leaves_it_unchanged() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("directory");
     fs::create_dir(&path).unwrap();
@@ -162,7 +162,7 @@ fn set_age(path: &Path, age: Duration) {
 }
 
 #[test]
-fn temporary_files_of_killed_processes_are_removed_once_they_are_old() {
+fn old_temporary_files_of_killed_processes_are_removed() {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     let old = Duration::from_secs(2 * 60 * 60);

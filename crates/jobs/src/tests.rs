@@ -206,7 +206,7 @@ async fn a_permanent_failure_is_dead_after_one_attempt() {
 }
 
 #[tokio::test]
-async fn a_recurring_job_is_single_and_runs_again_when_its_time_comes() {
+async fn a_recurring_job_exists_once_and_runs_again_when_it_is_due() {
     let bench = Bench::new().await;
     let mut first = bench.run(policy(), true);
     assert_eq!(first.next().await, ("repeats".to_owned(), 1));
@@ -242,7 +242,7 @@ async fn a_job_whose_attempts_all_end_without_a_record_is_dead() {
 }
 
 #[tokio::test]
-async fn a_run_that_panics_is_a_failure_of_its_job_alone() {
+async fn a_panic_of_a_run_fails_only_its_job() {
     let bench = Bench::new().await;
     bench.put("panics").await;
     let mut running = bench.run(Policy { max_attempts: Some(1), ..policy() }, false);

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn encoded_contents_decode() {
+    fn encoded_contents_decode_to_the_same_contents() {
         assert_eq!(
             MessageContent::decode(&content().encode()),
             Some(MessageContent::Text(content()))
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_has_sixteen_bytes() {
+    fn content_with_an_id_of_the_wrong_length_is_not_decoded() {
         let encoded = Encoded { text: String::new(), sent_at: 0, id: vec![1; 15], repeats: None };
         let bytes = [&[VERSION][..], &encoded.encode_to_vec()].concat();
         assert_eq!(Content::decode(&bytes), None);

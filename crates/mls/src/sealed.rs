@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sealed_content_opens_with_its_key_and_parameters_alone() {
+    fn sealed_content_opens_only_with_its_key_and_parameters() {
         let pair = SealingKeyPair::generate();
         let sealed = seal(pair.public(), b"info", b"aad", b"secret").unwrap();
         assert_eq!(pair.open(&sealed, b"info", b"aad").unwrap()[..], *b"secret");
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_always_gives_the_same_pair() {
+    fn a_seed_always_yields_the_same_key_pair() {
         let [one, other] = [0, 1].map(|_| SealingKeyPair::from_seed(&[7; 32]));
         assert_eq!(one.public(), other.public());
         let sealed = seal(one.public(), b"", b"", b"x").unwrap();

@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_content_is_never_sealed_alike() {
+    fn sealing_the_same_content_twice_yields_different_bytes() {
         assert_ne!(seal(&key(1), b"content"), seal(&key(1), b"content"));
     }
 
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_not_shown() {
+    fn debug_output_redacts_the_vault_key() {
         assert_eq!(format!("{:?}", key(0xab)), "VaultKey(redacted)");
     }
 }

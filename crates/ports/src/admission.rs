@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_is_larger_than_the_queue_gets_all_of_it() {
+    async fn a_call_larger_than_the_queue_occupies_the_whole_queue() {
         let admission = Admission::default();
         let permit = admission.admit_from(&ALICE, 1, 1 << 30).now_or_never().expect("admitted");
         assert!(admission.admit_from(&BOB, 1, 0).now_or_never().is_none());

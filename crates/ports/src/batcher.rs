@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_fails_the_calls_of_the_batch_and_without_a_worker_all_later_ones() {
+    async fn a_panic_of_the_only_worker_fails_its_batch_and_all_later_calls() {
         let bench = Bench::new(1);
         bench.permits.add_permits(9);
         let (first, second) = tokio::join!(bench.batcher.call(1), bench.batcher.call(PANIC));
@@ -456,7 +456,7 @@ mod tests {
     /// One sender sends large calls as fast as it is admitted. Its messages in the queue fit in two
     /// transactions, so the call of another sender is in one of the next three.
     #[tokio::test(start_paused = true)]
-    async fn a_call_waits_for_no_more_of_another_sender_than_its_share() {
+    async fn a_call_waits_for_at_most_two_batches_of_a_greedy_sender() {
         let (report, mut batches) = mpsc::unbounded_channel();
         let batcher = Batcher::start([Transactions(report)]);
         let room = Admission::default();

@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_carries_over_bytes() {
+    fn adding_hashes_carries_into_the_next_byte() {
         // For 256 equal rows the sum is the hash times 256, so every byte moves up by one.
         let row = [Cell::Number(1)];
         let one = digest(&[&row]);

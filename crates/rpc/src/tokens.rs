@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_beyond_its_budget_is_refused_and_others_are_not() {
+    fn an_address_beyond_its_budget_is_refused_and_other_addresses_are_not() {
         let tokens = Tokens::new(Some(BUCKET));
         let (guesser, neighbour) = (ip("2001:db8::1"), ip("2001:db8::2"));
         for n in 0..2 {
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded() {
+    fn the_numbers_of_remembered_addresses_and_tokens_are_bounded() {
         let tokens = Tokens::new(Some(Bucket { burst: 1, per_second: 0.001 }));
         for n in 0..3 * MAX_ADDRESSES as u32 {
             let address = IpAddr::from(n.to_be_bytes());

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_place_of_the_directory_is_named_in_the_error() {
+    fn a_file_in_place_of_the_directory_is_an_error_that_names_the_flag() {
         let parent = tempfile::tempdir().unwrap();
         fs::write(parent.path().join("file"), b"").unwrap();
         let error = DataDir::create(parent.path().join("file")).unwrap_err().to_string();

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_time_is_that_of_postgres_and_goes_on_between_observations() {
+    async fn the_time_is_that_of_postgres_and_advances_between_observations() {
         let (time, _) = time(NOON.plus(Duration::from_secs(9)));
         time.observe(Some(NOON), Instant::now());
         assert_eq!(time.check(), Ok(()));

@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_read_of_one_device_says_nothing_about_those_of_another() {
+    async fn a_read_of_one_device_does_not_suppress_wakes_of_another() {
         let table = Arc::new(Table::default());
         let [own, other] = [1, 2].map(|device| ReadQuery {
             reader: Reader { inbox: INBOX, device: Some(DeviceId::new([device; 16])) },
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wait_ends_when_a_lease_does_that_another_read_stopped_at() {
+    async fn a_waiting_call_wakes_when_the_lease_that_blocked_a_read_expires() {
         let table = Arc::new(Table::default());
         let mut wake = table.subscribe(&read(View::All));
         let mut waiting = wake.woken();

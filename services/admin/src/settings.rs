@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_and_invalid_settings_are_named() {
+    fn the_error_names_a_missing_or_invalid_setting() {
         let said = read(&[("QPQ_REDIS__URL", "redis://localhost")]).unwrap_err();
         assert!(said.contains("postgres.url must be given"), "{said}");
         let said = read(&[POSTGRES, ("QPQ_POSTGRES__CONNECTIONS", "1")]).unwrap_err();

@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn the_commands_are_consistent() {
+    fn clap_accepts_the_definition_of_the_commands() {
         Cli::command().debug_assert();
     }
 
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_may_begin_with_a_hyphen_and_a_recipient_be_surely_a_user() {
+    fn a_text_with_a_hyphen_and_a_recipient_with_an_at_sign_are_parsed() {
         let Command::Send { to, text } = parse("qpq send @Bob -5").unwrap().command else {
             panic!()
         };
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn only_one_kind_of_trust_at_a_time() {
+    fn more_than_one_kind_of_trust_is_refused() {
         let pin = "ab".repeat(32);
         assert!(parse(&format!("qpq health --pin {pin}")).is_ok());
         assert!(parse(&format!("qpq health --pin {pin} --ca ca.pem")).is_err());
@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn profile_names_are_file_names_without_surprises() {
+    fn profile_names_that_are_not_plain_file_names_are_refused() {
         for good in ["default", "a", "work-2.b_c"] {
             assert_eq!(good.parse::<ProfileName>().unwrap().as_str(), good);
         }

@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_point_in_time_is_a_date() {
+    fn instants_are_formatted_as_dates_and_times_in_utc() {
         for (millis, expected) in [
             (0, "1970-01-01 00:00 UTC"),
             (951_782_400_000, "2000-02-29 00:00 UTC"),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lines_of_a_message_cannot_pass_for_other_messages_and_a_name_has_one() {
+    fn later_lines_of_a_message_are_marked_and_line_breaks_in_names_escaped() {
         assert_eq!(message("hi\nbob: yes\r\nend").to_string(), "hi\n  | bob: yes\n  | end");
         assert_eq!(line("friends\nbob").to_string(), "friends\\u{a}bob");
     }

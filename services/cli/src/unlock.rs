@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_kept_for_its_owner_alone_until_it_is_removed() {
+    fn a_key_is_kept_only_for_its_owner_until_it_is_removed() {
         let (memory, profiles) = (memory(), tempfile::tempdir().unwrap());
         let keyring = Keyring::find(Some(memory.path().as_os_str()));
         let (alice, bob) = (profiles.path().join("alice"), profiles.path().join("bob"));

@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_well_formed() {
+    fn clap_accepts_the_definition_of_the_flags() {
         Args::command().debug_assert();
     }
 

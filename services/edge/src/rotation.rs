@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn keys_are_rotated_once_they_are_old_enough_and_not_again_by_a_repeated_run() {
+    async fn old_keys_are_rotated_and_not_rotated_again_by_a_repeated_run() {
         let dir = shared_dir();
         let now = SystemClock.now();
         let before = ring(dir.path());
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_damaged_ring_is_named_and_left_alone() {
+    async fn the_error_names_a_damaged_ring_which_stays_unchanged() {
         let dir = shared_dir();
         fs::write(dir.path().join(TICKET_KEYS.name), [0; 96]).unwrap();
         set_age(dir.path(), SystemClock.now(), 6 * HOUR);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_directory_is_named_with_what_to_do() {
+    fn the_error_names_a_read_only_directory_and_the_setting_to_correct() {
         let dir = shared_dir();
         let now = SystemClock.now();
         let before = ring(dir.path());

@@ -195,7 +195,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named_and_nothing_is_created() {
+    fn the_error_names_a_missing_file_and_no_file_is_created() {
         let dir = shared_dir();
         let paths: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -216,7 +216,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_named() {
+    fn the_error_names_a_damaged_file_and_qpq_admin_init() {
         let dir = shared_dir();
         for entry in fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();

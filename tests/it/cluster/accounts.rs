@@ -1,5 +1,5 @@
-//! *One login, one account*: of concurrent registrations of a username or an identity key, at any
-//! edges, exactly one succeeds.
+//! Of concurrent registrations of a username or an identity key, at any edges, exactly one
+//! succeeds.
 
 use std::sync::Arc;
 
@@ -50,7 +50,7 @@ async fn race(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_login_one_account() {
+async fn of_concurrent_registrations_of_a_username_exactly_one_succeeds() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
     let entry_points = cluster.entry_points();
     let mut clients = Vec::new();
@@ -108,7 +108,7 @@ async fn one_login_one_account() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_identity_one_account() {
+async fn of_concurrent_registrations_of_an_identity_key_exactly_one_succeeds() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
     let entry_points = cluster.entry_points();
     let client = Roamer::at(&entry_points, 0).patient().connected().await;

@@ -68,7 +68,7 @@ fn switches(links: &Links) -> [&Switch; 4] {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn node_down() {
+async fn killed_edges_cause_no_violation() {
     let mut scenario = Scenario::new(Place::Apart, 0xd0).await;
     while let Some(edge) = scenario.next_edge().await {
         scenario.cluster.kill_edge(edge).await.unwrap();
@@ -81,7 +81,7 @@ async fn node_down() {
 
 /// One edge loses its clients or one store, in one direction or both.
 #[tokio::test(flavor = "multi_thread")]
-async fn network_partition() {
+async fn network_partitions_cause_no_violation() {
     let mut scenario = Scenario::new(Place::Here, 0xba).await;
     while let Some(edge) = scenario.next_edge().await {
         let way = [Way::Both, Way::ToTarget, Way::ToClient][scenario.random.gen_range(0..3)];
@@ -95,7 +95,7 @@ async fn network_partition() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn latency() {
+async fn latency_and_jitter_cause_no_violation() {
     let mut scenario = Scenario::new(Place::Here, 0x1a).await;
     while scenario.next_edge().await.is_some() {
         let latency = Duration::from_millis(scenario.random.gen_range(0..30));
@@ -106,7 +106,7 @@ async fn latency() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bandwidth_throttle() {
+async fn low_bandwidth_causes_no_violation() {
     let mut scenario = Scenario::new(Place::Here, 0x7b).await;
     while scenario.next_edge().await.is_some() {
         let rate = NonZeroU64::new(scenario.random.gen_range(60_000..400_000));
@@ -116,7 +116,7 @@ async fn bandwidth_throttle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connection_reset() {
+async fn connection_resets_cause_no_violation() {
     let mut scenario = Scenario::new(Place::Here, 0x5e7).await;
     while let Some(edge) = scenario.next_edge().await {
         for _ in 0..scenario.random.gen_range(1..20) {
@@ -141,7 +141,7 @@ async fn connection_reset() {
 /// Datagrams are lost, duplicated and reordered while stores are slow, connections are cut and
 /// edges are killed.
 #[tokio::test(flavor = "multi_thread")]
-async fn compound_fault() {
+async fn combined_faults_cause_no_violation() {
     let mut scenario = Scenario::new(Place::Apart, 0xc0).await;
     while let Some(edge) = scenario.next_edge().await {
         let ms = Duration::from_millis;

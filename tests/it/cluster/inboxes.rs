@@ -1,5 +1,5 @@
-//! The guarantees of an inbox that several edges use concurrently: *never after ack*, *gap-free and
-//! in order*, *idempotent*.
+//! The guarantees of an inbox that several edges use concurrently: no read after an ack returns the
+//! acked messages, the seqs are free of gaps and in order, and a repeated message is accepted once.
 
 use std::{
     sync::{
@@ -118,7 +118,7 @@ impl Sender {
 /// Readers at all edges peek and ack random parts while Redis is flushed, rolled back and evicts.
 /// No read that begins after the answer to an ack returns the acked messages, at any edge.
 #[tokio::test(flavor = "multi_thread")]
-async fn never_after_ack() {
+async fn no_read_after_an_ack_returns_the_acked_messages() {
     const SENT: u64 = 3_000;
     const SENDERS: usize = 15;
     let cluster = cluster().await;
@@ -216,7 +216,7 @@ async fn peek_and_ack(
 /// Senders at every edge fill one inbox, with single messages and with batches that contain a
 /// refused one. A reader at every edge receives the seqs 1, 2, 3 and so on.
 #[tokio::test(flavor = "multi_thread")]
-async fn gap_free_and_in_order() {
+async fn seqs_of_an_inbox_are_free_of_gaps_and_in_order() {
     const SENDERS: usize = 9;
     const ROUNDS: usize = 60;
     let cluster = cluster().await;
@@ -279,7 +279,7 @@ async fn gap_free_and_in_order() {
 /// drained, after it was acked, and after Redis was flushed. The message is accepted once, with one
 /// seq.
 #[tokio::test(flavor = "multi_thread")]
-async fn idempotent() {
+async fn a_message_repeated_at_any_edge_is_accepted_once() {
     const MESSAGES: usize = 40;
     let cluster = cluster().await;
     let entry_points = cluster.entry_points();

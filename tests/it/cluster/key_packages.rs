@@ -1,5 +1,5 @@
-//! *Claimed once*: a KeyPackage is issued once, also if it is claimed at several edges
-//! concurrently, and the last-resort package is always available.
+//! A KeyPackage is issued once, also if it is claimed at several edges concurrently, and the
+//! last-resort package is always available.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -24,7 +24,7 @@ const CLAIMS: usize = 64;
 const EDGES: usize = 3;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn claimed_once() {
+async fn concurrent_claims_issue_each_key_package_once() {
     let cluster = Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.unwrap();
     let entry_points = cluster.entry_points();
     let accounts = cluster.accounts(9).await.unwrap();

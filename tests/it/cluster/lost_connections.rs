@@ -174,7 +174,7 @@ where
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn registrations_and_logins_with_lost_connections() {
+async fn registrations_and_logins_succeed_in_spite_of_lost_connections() {
     let mut world = World::new().await;
     for (run, fault) in World::faults("account").into_iter().enumerate() {
         let client = world.client(0).await;
@@ -228,7 +228,7 @@ async fn registrations_and_logins_with_lost_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn uses_and_ends_of_sessions_with_lost_connections() {
+async fn uses_and_ends_of_sessions_take_effect_in_spite_of_lost_connections() {
     let mut world = World::new().await;
     // Uses of a session that are due to be recorded.
     for fault in World::faults("session") {
@@ -295,7 +295,7 @@ async fn uses_and_ends_of_sessions_with_lost_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_with_lost_connections() {
+async fn messages_are_delivered_once_in_spite_of_lost_connections() {
     let mut world = World::new().await;
     let history = History::new();
     let (entry_points, account) = (world.entry_points.clone(), world.account.clone());
@@ -395,7 +395,7 @@ async fn empty(world: &World, history: &History) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn key_packages_with_lost_connections() {
+async fn key_packages_are_issued_at_most_once_in_spite_of_lost_connections() {
     let mut world = World::new().await;
     let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
     let mut mls = client_of(&owner);
@@ -457,7 +457,7 @@ async fn key_packages_with_lost_connections() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hybrid_keys_with_lost_connections() {
+async fn uploads_of_hybrid_keys_take_effect_in_spite_of_lost_connections() {
     let mut world = World::new().await;
     let (entry_points, owner) = (world.entry_points.clone(), world.account.clone());
     for fault in World::faults("hybrid_key") {

@@ -1,5 +1,5 @@
-//! *Revoked means dead everywhere*: a session that is ended at one edge is refused at all others,
-//! after an account event through NATS, and without NATS once cached copies of it are too old.
+//! A session that is ended at one edge is refused at all others, after an account event through
+//! NATS, and without NATS after cached copies of the session are too old.
 //! Calls that wait in the session end too, without messages.
 
 use std::time::Duration;
@@ -113,7 +113,7 @@ impl World {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn revoked_means_dead_everywhere() {
+async fn a_revoked_session_ends_at_every_edge() {
     let world = World::new().await;
     let mut longest = Duration::ZERO;
     for _ in 0..10 {
@@ -144,7 +144,7 @@ async fn waiting_calls_of_a_revoked_session_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn revoked_means_dead_everywhere_without_nats() {
+async fn a_revoked_session_ends_at_every_edge_without_nats() {
     let world = World::new().await;
     world.cluster.nats.kill9().await.unwrap();
     for all_sessions in [false, true] {

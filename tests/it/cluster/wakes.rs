@@ -1,5 +1,5 @@
-//! *Wakes all dropped*: all wakes between edges are lost, and every message arrives all the same,
-//! because each edge polls the inboxes that its calls wait for.
+//! All wakes between edges are lost, and every message arrives all the same, because each edge
+//! polls the inboxes that its calls wait for.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ const WAITERS: usize = 12;
 const SOON: Duration = Duration::from_secs(25);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wakes_all_dropped() {
+async fn messages_arrive_while_all_wakes_are_dropped() {
     let plan = Plan { edges: EDGES, wiring: Wiring::Proxied, seed: 6, ..Plan::default() };
     let cluster = Cluster::start(plan).await.unwrap();
     let accounts = cluster.accounts(WAITERS).await.unwrap();

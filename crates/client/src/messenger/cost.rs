@@ -127,7 +127,7 @@ fn measure(dir: &Path, conversations: usize, entries: usize) -> [u64; 2] {
 
 #[test]
 #[ignore = "a measurement, for a person to read"]
-fn bytes_written_for_a_received_message() {
+fn bytes_written_for_a_received_message_are_printed() {
     let dir = tempfile::tempdir().unwrap();
     for (conversations, entries) in [(1, 0), (1, 10_000), (200, 10_000)] {
         let [alone, in_a_page] = measure(dir.path(), conversations, entries);

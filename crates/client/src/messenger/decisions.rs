@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn decisions_of_a_device_are_adopted_by_the_other_device_alone() {
+    fn decisions_are_adopted_only_by_other_devices_of_the_account() {
         let [one, mut other] = devices();
         let bob = Username::parse("bob").unwrap();
         one.note_contact(&BOB).unwrap();

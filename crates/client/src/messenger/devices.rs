@@ -312,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_survives_its_encoding() {
+    fn an_encoded_device_decodes_to_the_same_device() {
         let device = Device::generate(&Identity::generate(), "laptop");
         let read = decode_device(&encode_device(&device)).unwrap();
         assert_eq!((read.id(), read.name(), read.seed()), (device.id(), "laptop", device.seed()));

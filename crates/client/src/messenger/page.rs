@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_removed_once_both_clocks_are_past_the_lifetime_of_messages() {
+    fn digests_are_removed_after_both_clocks_are_past_the_lifetime_of_messages() {
         let name = Username::parse("alice").unwrap();
         let mut state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
         let later = START.plus(DAY * 200);

@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_could_be_something_else_is_shown_as_a_name_with_its_key() {
+    fn an_ambiguous_name_is_shown_with_an_at_sign_and_its_key() {
         for (name, shown) in [
             ("you", "@you (key 07070707…)"),
             ("*", "@* (key 07070707…)"),

@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn people_of_an_earlier_release_are_no_strangers() {
+    fn people_of_an_earlier_release_are_not_strangers() {
         let state = state();
         let (request, _) = direct(&state, 1);
         let group = qpq_mls::Request { kind: GroupKind::Group { name: "g".into() }, ..request };

@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_that_cannot_be_saved_did_not_happen() {
+    async fn a_change_that_cannot_be_saved_has_no_effect() {
         let dir = tempfile::tempdir().unwrap();
         let key = VaultKey::from_bytes(&[1; 48]);
         let in_use = profile::lock(dir.path()).await.unwrap();

@@ -27,7 +27,7 @@ async fn a_registered_account_logs_in_with_the_same_export_key() {
 }
 
 #[tokio::test]
-async fn a_wrong_password_and_an_unknown_user_get_the_same_error() {
+async fn a_wrong_password_and_an_unknown_user_yield_the_same_error() {
     let server = Server::start().await;
     let client = server.client();
     client.register(&username("alice"), &password(), &Identity::generate(), None).await.unwrap();
@@ -40,7 +40,7 @@ async fn a_wrong_password_and_an_unknown_user_get_the_same_error() {
 }
 
 #[tokio::test]
-async fn a_name_and_a_key_are_registered_once() {
+async fn registering_a_used_name_or_key_is_refused() {
     let server = Server::start().await;
     let client = server.client();
     let (alice, identity) = (username("alice"), Identity::generate());

@@ -50,7 +50,7 @@ async fn messages_to_an_offline_user_wait() {
 }
 
 #[tokio::test]
-async fn three_people_in_a_group() {
+async fn a_member_reads_the_messages_between_its_addition_and_its_removal() {
     let server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];
@@ -260,7 +260,7 @@ async fn messages_written_while_the_server_is_down_are_sent_later() {
 }
 
 #[tokio::test]
-async fn a_full_inbox_keeps_the_order_and_gets_the_rest_later() {
+async fn messages_for_a_full_inbox_are_sent_later_in_order() {
     let server = Server::start_with(|config| {
         config.delivery.max_messages = 3;
         config.delivery.sender_share = 1;

@@ -91,7 +91,7 @@ async fn a_restarted_server_is_found_again_with_the_same_session() {
 }
 
 #[tokio::test]
-async fn patience_has_an_end() {
+async fn a_call_to_a_stopped_server_fails_as_unreachable_after_patience() {
     let mut server = Server::start().await;
     let mut options = server.options();
     options.patience = Duration::from_millis(300);
@@ -126,7 +126,7 @@ async fn logged_in(client: &Client) -> Identity {
 }
 
 #[tokio::test]
-async fn a_lost_answer_is_asked_for_again_from_a_new_port_and_the_message_is_there_once() {
+async fn a_lost_answer_is_retried_from_a_new_port_without_duplicating_the_message() {
     let server = Server::start().await;
     let network = Network::before(server.addr).await;
     let mut options = server.options();

@@ -95,7 +95,7 @@ async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_crash_while_making_a_group_leaves_it_as_its_creator_knows_it() {
+async fn after_a_crash_while_creating_a_group_creator_and_member_agree() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
@@ -132,7 +132,7 @@ async fn a_crash_while_making_a_group_leaves_it_as_its_creator_knows_it() {
 }
 
 #[tokio::test]
-async fn a_crash_while_registering_is_mended_by_registering_again() {
+async fn registering_again_after_a_crash_completes_the_registration() {
     let server = Server::start().await;
     let bob = server.user("bob").await;
     // Only every third point, since each costs three password hashes.

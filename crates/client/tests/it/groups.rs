@@ -32,7 +32,7 @@ async fn names(user: &Messenger, group: Conversation) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn admins_change_a_group_and_others_do_not() {
+async fn only_admins_change_a_group() {
     let server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];
@@ -70,7 +70,7 @@ async fn admins_change_a_group_and_others_do_not() {
 }
 
 #[tokio::test]
-async fn messages_of_a_removed_member_with_old_keys_are_refused_and_named() {
+async fn messages_of_a_removed_member_with_old_keys_are_shown_as_unreadable() {
     const REFUSED: &str =
         "unreadable of carol: it arrived after its sender's device had been removed from the group";
     let server = Server::start().await;
@@ -166,7 +166,7 @@ async fn a_change_takes_effect_once_after_a_crash_at_any_step() {
 }
 
 #[tokio::test]
-async fn a_device_joins_again_by_itself_and_the_others_see_it() {
+async fn a_device_joins_again_by_itself_and_the_other_members_see_the_rejoining() {
     let server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];
@@ -257,7 +257,7 @@ async fn garbage_that_the_server_accepted_as_a_commit_does_not_block_later_ones(
 }
 
 #[tokio::test]
-async fn keys_are_renewed_on_request_once_each() {
+async fn a_key_rotation_renews_each_members_keys_once() {
     let server = Server::start().await;
     let [alice, bob, carol] =
         [server.user("alice").await, server.user("bob").await, server.user("carol").await];

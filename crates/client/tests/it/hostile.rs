@@ -19,7 +19,7 @@ async fn drain(messenger: &Messenger) -> Vec<v1::Envelope> {
 }
 
 #[tokio::test]
-async fn unreadable_bytes_are_shown_as_such_and_acknowledged() {
+async fn unreadable_bytes_are_shown_as_unreadable_and_acknowledged() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     alice.send(dm(&alice, "bob").await, "before").await.unwrap();
@@ -38,7 +38,7 @@ async fn unreadable_bytes_are_shown_as_such_and_acknowledged() {
 }
 
 #[tokio::test]
-async fn duplicates_and_the_wrong_order_do_no_harm() {
+async fn each_of_reordered_and_duplicated_messages_is_shown_once() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with_bob = dm(&alice, "bob").await;
@@ -59,7 +59,7 @@ async fn duplicates_and_the_wrong_order_do_no_harm() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_not_ones_own_is_refuted() {
+async fn a_claimed_name_of_another_account_is_refuted() {
     let server = Server::start().await;
     let (_alice, bob) = (server.user("alice").await, server.user("bob").await);
     let mallory = server.client();

@@ -276,7 +276,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[tokio::test]
-async fn texts_acknowledged_after_a_restore_are_shown_once_or_named() {
+async fn texts_acknowledged_after_a_restore_are_shown_once_or_reported_as_unreadable() {
     let first = number("QPQ_SEED").unwrap_or(0);
     let (mut acknowledged, mut replaced) = (0, 0);
     for seed in first..first + number("QPQ_SEEDS").unwrap_or(SEEDS) {

@@ -368,7 +368,7 @@ async fn a_revoked_device_neither_reads_nor_is_written_to() {
 }
 
 #[tokio::test]
-async fn a_renamed_device_has_the_new_name_for_others() {
+async fn other_devices_see_the_new_name_of_a_renamed_device() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let laptop = server.linked(&alice, "laptop").await;
@@ -383,7 +383,7 @@ async fn a_renamed_device_has_the_new_name_for_others() {
 }
 
 #[tokio::test]
-async fn an_account_has_sixteen_devices() {
+async fn a_seventeenth_device_is_refused_until_another_is_revoked() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     for n in 1..16 {
@@ -475,7 +475,7 @@ async fn a_device_that_was_killed_before_it_joined_joins_when_it_is_opened() {
 }
 
 #[tokio::test]
-async fn a_contact_of_one_device_is_no_stranger_to_the_others() {
+async fn a_contact_of_one_device_is_not_a_stranger_to_the_other_devices() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,

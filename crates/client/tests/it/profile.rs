@@ -39,7 +39,7 @@ async fn a_profile_opens_with_its_password_or_its_key_and_with_nothing_else() {
 }
 
 #[tokio::test]
-async fn unlocking_ends_the_session_before_and_logging_out_this_one() {
+async fn unlocking_ends_the_previous_session_and_logout_ends_the_current_one() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let before = alice.client().session().unwrap();
@@ -92,7 +92,7 @@ async fn a_profile_is_used_by_several_processes() {
 }
 
 #[tokio::test]
-async fn a_profile_is_made_once_and_must_be_there() {
+async fn registering_over_a_profile_and_unlocking_a_missing_one_are_refused() {
     let server = Server::start().await;
     drop(server.user("alice").await);
     let dir = server.profile("alice");

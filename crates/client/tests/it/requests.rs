@@ -30,7 +30,7 @@ async fn key_packages(messenger: &Messenger) -> u32 {
 }
 
 #[tokio::test]
-async fn messages_to_a_waiting_group_are_shown_once_it_is_accepted() {
+async fn messages_to_a_waiting_group_are_shown_after_the_group_is_accepted() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,
@@ -133,7 +133,7 @@ async fn a_declined_request_leaves_nothing_and_its_key_package_is_replaced() {
 }
 
 #[tokio::test]
-async fn people_one_wrote_to_compared_with_or_added_are_no_strangers() {
+async fn people_one_wrote_to_compared_with_or_added_are_not_strangers() {
     let server = Server::start().await;
     let [alice, bob, carol, dave] = [
         server.user("alice").await,

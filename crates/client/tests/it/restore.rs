@@ -180,7 +180,7 @@ async fn a_restored_profile_that_only_sends_replaces_its_key_packages() {
 }
 
 #[tokio::test]
-async fn a_first_message_that_cannot_be_read_is_named_and_repeated() {
+async fn a_first_message_that_cannot_be_read_is_shown_as_unreadable_and_repeated() {
     let mut server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let night = server.copy_data().await;

@@ -62,7 +62,7 @@ fn a_failed_transaction_changes_nothing() {
 }
 
 #[test]
-fn a_value_opens_in_its_own_place_alone() {
+fn a_value_opens_only_in_its_own_place() {
     let database = Database::in_memory();
     database.put(ROWS, b"one", None, b"1").unwrap();
     database.put(ROWS, b"two", None, b"2").unwrap();

@@ -133,7 +133,7 @@ fn any_flipped_bit_is_found() {
 }
 
 #[test]
-fn nothing_may_be_missing_or_left_over() {
+fn truncated_and_extended_packages_are_malformed() {
     let good = Recipe::default().bytes();
     for form in [good.clone(), wrap(&good)] {
         for len in 0..form.len() {
@@ -222,7 +222,7 @@ fn packages_of_a_suite_that_cannot_be_checked_are_accepted_unverified() {
 /// For a suite that openmls does not parse, only the outline refuses a second encoding of a
 /// package.
 #[test]
-fn an_unchecked_package_has_one_form() {
+fn a_non_canonical_encoding_of_an_unchecked_package_is_malformed() {
     let good = with_suite(Recipe::default().bytes(), 0x004D);
     assert!(judge(&good).is_ok());
     for len in 0..good.len() {
@@ -297,12 +297,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+    fn arbitrary_bytes_are_refused_without_a_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..600),
+    ) {
         prop_assert!(judge(&bytes).is_err());
     }
 
     #[test]
-    fn no_bytes_that_begin_like_a_package_make_it_panic(
+    fn arbitrary_bytes_after_the_beginning_of_a_package_are_never_verified(
         tail in prop::collection::vec(any::<u8>(), 0..600),
     ) {
         let everything = Policy { suites: (0..=0x50).collect(), ..Policy::default() };

@@ -78,7 +78,7 @@ fn a_new_name_and_new_admins_reach_everyone() {
 }
 
 #[test]
-fn a_member_that_is_no_admin_changes_neither_name_nor_admins() {
+fn only_an_admin_changes_the_name_and_the_admins() {
     let mut world = World::with_devices(3);
     let group = world.group(&[ANN, BOB, CAT]);
     for change in [rename("mine"), promote(&world, BOB), demote(&world, ANN)] {

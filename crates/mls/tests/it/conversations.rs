@@ -11,7 +11,7 @@ use crate::world::{
 };
 
 #[test]
-fn two_people_talk() {
+fn both_members_of_a_direct_conversation_read_each_others_messages() {
     let mut world = World::new(2);
     let (ann, bob) = (world.key(ANN), world.key(BOB));
     let group = world.clients[ANN].create_direct(bob, now()).unwrap();

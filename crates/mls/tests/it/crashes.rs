@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use crate::world::{ANN, BOB, CAT, DAN, ReceiveNow as _, World, content, now, restored};
 
 #[test]
-fn a_crash_between_saving_and_acknowledging_makes_a_duplicate() {
+fn a_message_saved_and_not_acknowledged_before_a_crash_is_a_duplicate() {
     let mut world = World::new(3);
     let group = world.clients[ANN].create_group("g", ChannelId::DEFAULT, now()).unwrap();
     world.add(ANN, group, &[BOB]);

@@ -117,7 +117,7 @@ fn an_account_adds_its_own_further_device_to_a_direct_conversation() {
 }
 
 #[test]
-fn a_member_that_is_no_admin_removes_a_further_device_and_not_the_last_one() {
+fn any_member_removes_a_further_device_and_only_an_admin_the_last_one() {
     let mut world = World::with_devices(3);
     let phone = world.new_device(CAT, "phone");
     let group = world.group(&[ANN, BOB]);
@@ -165,7 +165,7 @@ fn an_account_that_is_removed_loses_all_devices_in_one_change() {
 }
 
 #[test]
-fn a_device_removes_others_of_its_account_and_not_itself() {
+fn a_device_removes_other_devices_of_its_account_and_not_itself() {
     let mut world = World::with_devices(2);
     let phone = world.new_device(BOB, "phone");
     let group = world.group(&[ANN, BOB]);

@@ -88,7 +88,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(80))]
 
     #[test]
-    fn random_bytes_do_nothing(
+    fn random_bytes_do_not_prevent_the_reading_of_later_messages(
         kind in 0_u8..7,
         tail in prop::collection::vec(any::<u8>(), 0..500),
     ) {
@@ -103,7 +103,7 @@ proptest! {
 
     /// Damaged copies of every message before, between and after the real ones change nothing.
     #[test]
-    fn damaged_messages_do_not_get_in_the_way(
+    fn damaged_copies_of_messages_change_nothing(
         damages in prop::collection::vec((any::<Index>(), damage()), 7 * 3),
     ) {
         let (mut bob, inbox) = bob_and_his_inbox();

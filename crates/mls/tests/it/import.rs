@@ -81,7 +81,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
-    fn damaged_snapshots_are_found_out(at in any::<Index>(), bits in 1..=u8::MAX) {
+    fn a_changed_byte_anywhere_in_a_snapshot_fails_the_import(
+        at in any::<Index>(),
+        bits in 1..=u8::MAX,
+    ) {
         let mut bytes = snapshot("alice");
         let at = at.index(bytes.len());
         bytes[at] ^= bits;

@@ -53,7 +53,7 @@ fn group_and_info(author: usize) -> (World, GroupId, Vec<u8>) {
 }
 
 #[test]
-fn a_new_device_of_a_member_joins_and_the_others_see_a_device_added() {
+fn a_new_device_of_a_member_joins_and_all_members_see_a_device_added() {
     let (mut world, group, info) = group_and_info(BOB);
     let phone = world.new_device(CAT, "phone");
     let received = world.join(phone, &info, &[BOB]);
@@ -129,7 +129,7 @@ fn a_device_joins_with_the_group_info_of_one_that_joined_by_itself() {
 }
 
 #[test]
-fn an_account_that_is_no_member_does_not_join() {
+fn an_account_that_is_not_a_member_does_not_join() {
     let (mut world, _, info) = group_and_info(ANN);
     let dan = world.key(DAN);
     assert_eq!(world.try_join(DAN, &info, &[ANN]), Err(Error::NotAMember(dan)));
@@ -283,7 +283,7 @@ fn a_message_of_an_epoch_before_the_welcome_that_arrives_after_it_is_lost() {
 }
 
 #[test]
-fn messages_from_before_a_device_joined_are_lost_once_its_inbox_was_read_to_its_end() {
+fn messages_from_before_a_device_joined_are_lost_after_its_inbox_was_read_completely() {
     let (mut world, group, _) = group_and_info(BOB);
     let [unread, late] = ["unread", "late"].map(|text| world.encrypt(ANN, group, text));
     let commit = world.change(ANN, group, &Change::default());

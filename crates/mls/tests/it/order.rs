@@ -126,7 +126,7 @@ fn late_messages_are_read_for_ten_epochs_and_then_no_more() {
 /// A leaf that was emptied becomes that of the next member; a late message still belongs to its
 /// author.
 #[test]
-fn a_late_message_of_a_removed_member_is_not_taken_for_its_successors() {
+fn a_late_message_of_a_removed_member_is_not_attributed_to_its_successor() {
     let mut world = World::new(4);
     let group = world.group(&[ANN, BOB, CAT]);
     world.say(BOB, group, "bob was here");

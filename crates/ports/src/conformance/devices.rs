@@ -123,7 +123,7 @@ pub async fn a_key_belongs_to_one_device_permanently(factory: &dyn Factory) {
     assert_eq!(bench.register(device(alice, 1)).await, Registered::Registered, "its own");
 }
 
-pub async fn an_identity_key_is_no_device_key(factory: &dyn Factory) {
+pub async fn an_identity_key_is_refused_as_a_device_key(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     for identity in [alice.identity, bob.identity] {
@@ -187,7 +187,7 @@ pub async fn a_refused_registration_binds_no_session(factory: &dyn Factory) {
     assert_eq!(bench.bound(session).await, Some(None));
 }
 
-pub async fn a_revocation_ends_the_sessions_of_its_device_alone(factory: &dyn Factory) {
+pub async fn a_revocation_ends_only_the_sessions_of_its_device(factory: &dyn Factory) {
     let mut bench = Bench::new(factory).await;
     let (alice, bob) = (bench.account(1).await, bench.account(2).await);
     for account in [alice, bob] {

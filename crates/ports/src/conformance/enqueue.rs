@@ -90,7 +90,7 @@ pub async fn an_unknown_recipient_is_reported(factory: &dyn Factory) {
     );
 }
 
-pub async fn each_outcome_of_a_batch_stands_for_itself(factory: &dyn Factory) {
+pub async fn each_message_of_a_batch_has_its_own_outcome(factory: &dyn Factory) {
     let bench = Bench::with(
         factory,
         DeliveryLimits { max_messages: 2, ..unshared() },

@@ -349,7 +349,7 @@ pub async fn the_oldest_member_follows_the_last_admin(factory: &dyn Factory) {
     assert_eq!(bench.roles(accounts[0]).await, [named(1, Role::Admin)]);
 }
 
-pub async fn a_group_goes_with_its_last_member(factory: &dyn Factory) {
+pub async fn a_group_is_removed_with_its_last_member(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let accounts = bench.group(2).await;
     for account in &accounts {

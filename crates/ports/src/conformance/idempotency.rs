@@ -39,7 +39,7 @@ pub async fn a_repeat_of_a_queued_message_gets_its_receipt(factory: &dyn Factory
     assert_eq!(texts(&bench.peek(all(bob)).await), ["before", "hello", "after"]);
 }
 
-pub async fn a_repeat_within_one_call_is_one_too(factory: &dyn Factory) {
+pub async fn a_repeat_within_one_call_is_a_duplicate_too(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     let twice = vec![message(alice, alice, "hello").with_id(1); 2];

@@ -92,7 +92,7 @@ pub async fn concurrent_claims_never_share_a_job(factory: &dyn Factory) {
     assert_eq!(HashSet::<JobId>::from_iter(all).len(), MANY);
 }
 
-pub async fn a_job_is_claimed_again_once_its_lease_has_ended(factory: &dyn Factory) {
+pub async fn a_job_is_claimed_again_after_its_lease_has_ended(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     put(&bench, job("work")).await;
     let first = claim(&bench, 1, NOW).await.remove(0);

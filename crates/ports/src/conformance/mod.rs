@@ -103,7 +103,7 @@ macro_rules! conformance {
                 seqs_are_contiguous_under_concurrency,
                 order_is_kept_within_a_call,
                 an_unknown_recipient_is_reported,
-                each_outcome_of_a_batch_stands_for_itself,
+                each_message_of_a_batch_has_its_own_outcome,
                 messages_that_share_a_payload_are_stored_like_any_other,
                 a_refusal_in_the_middle_leaves_no_gap,
                 an_inbox_is_full_by_count_and_drops_nothing,
@@ -132,7 +132,7 @@ macro_rules! conformance {
             idempotency,
             [
                 a_repeat_of_a_queued_message_gets_its_receipt,
-                a_repeat_within_one_call_is_one_too,
+                a_repeat_within_one_call_is_a_duplicate_too,
                 of_concurrent_repeats_one_is_accepted,
                 an_id_counts_for_one_sender_and_recipient,
                 an_id_is_remembered_after_an_ack,
@@ -150,7 +150,7 @@ macro_rules! conformance {
                 a_view_sees_one_channel_or_all,
                 an_expired_message_is_never_shown,
                 a_page_ends_at_its_limits,
-                the_first_message_comes_whatever_its_size,
+                the_first_message_is_returned_regardless_of_its_size,
                 a_peek_leaves_everything,
                 a_peek_continues_after_a_seq,
                 an_ack_removes_up_to_a_seq_of_its_view,
@@ -210,9 +210,9 @@ macro_rules! conformance {
                 each_device_has_packages_of_its_own,
                 one_call_takes_a_package_of_each_device,
                 concurrent_takes_of_devices_never_share_a_package,
-                a_replacement_removes_the_packages_of_its_device_alone,
+                a_replacement_removes_only_the_packages_of_its_device,
                 a_device_without_a_key_has_the_packages_of_the_account,
-                a_revocation_removes_the_packages_of_its_device_alone,
+                a_revocation_removes_only_the_packages_of_its_device,
             ]
         );
         $crate::conformance_area!(
@@ -223,11 +223,11 @@ macro_rules! conformance {
                 a_repeat_changes_nothing_but_the_name,
                 another_key_of_a_registered_device_is_refused,
                 a_key_belongs_to_one_device_permanently,
-                an_identity_key_is_no_device_key,
+                an_identity_key_is_refused_as_a_device_key,
                 of_concurrent_registrations_as_many_as_fit_succeed,
                 a_registration_binds_a_session_without_a_device,
                 a_refused_registration_binds_no_session,
-                a_revocation_ends_the_sessions_of_its_device_alone,
+                a_revocation_ends_only_the_sessions_of_its_device,
             ]
         );
         $crate::conformance_area!(
@@ -236,9 +236,9 @@ macro_rules! conformance {
             [
                 the_first_device_inherits_and_a_later_one_starts_at_the_end,
                 only_registered_devices_read_an_inbox_with_devices,
-                leases_and_acks_of_one_device_are_nothing_to_another,
+                leases_and_acks_of_one_device_do_not_affect_another,
                 one_channel_of_a_device_is_read_like_that_of_the_single_reader,
-                a_message_goes_with_its_last_device_and_counts_once_until_then,
+                a_message_counts_once_until_its_last_device_removes_it,
                 acks_out_of_order_are_remembered_for_each_device,
                 an_ack_of_what_does_not_wait_for_its_device_changes_nothing,
                 a_page_of_the_single_reader_is_void_after_a_registration,
@@ -271,7 +271,7 @@ macro_rules! conformance {
                 listed_members_become_admins_and_stay_admins,
                 a_refused_addition_promotes_no_member,
                 the_oldest_member_follows_the_last_admin,
-                a_group_goes_with_its_last_member,
+                a_group_is_removed_with_its_last_member,
                 metadata_changes_field_by_field_with_a_version,
                 of_concurrent_changes_with_one_version_one_wins,
                 a_list_of_members_is_read_page_by_page,
@@ -338,7 +338,7 @@ macro_rules! conformance {
             [
                 the_longest_due_jobs_of_a_kind_are_claimed_first,
                 concurrent_claims_never_share_a_job,
-                a_job_is_claimed_again_once_its_lease_has_ended,
+                a_job_is_claimed_again_after_its_lease_has_ended,
                 a_renewed_claim_lasts_longer,
                 a_failed_job_is_due_at_its_retry_and_counts_its_attempts,
                 a_repeated_job_starts_with_no_attempts,

@@ -75,7 +75,7 @@ pub async fn only_registered_devices_read_an_inbox_with_devices(factory: &dyn Fa
     assert_eq!(bench.waiting(of_device(alice, 1)).await, ["a"], "the single reader again");
 }
 
-pub async fn leases_and_acks_of_one_device_are_nothing_to_another(factory: &dyn Factory) {
+pub async fn leases_and_acks_of_one_device_do_not_affect_another(factory: &dyn Factory) {
     let (bench, alice) = with_devices(factory, &[1, 2]).await;
     bench.deliver_all(alice, alice, &["a", "b", "c"]).await;
     let lease = bench.lease(of_device(alice, 1), first(2)).await;
@@ -91,7 +91,7 @@ pub async fn leases_and_acks_of_one_device_are_nothing_to_another(factory: &dyn 
     assert_eq!(bench.waiting(of_device(alice, 1)).await, ["c"], "a release shows it again");
 }
 
-pub async fn a_message_goes_with_its_last_device_and_counts_once_until_then(factory: &dyn Factory) {
+pub async fn a_message_counts_once_until_its_last_device_removes_it(factory: &dyn Factory) {
     let bench = Bench::with(factory, small(3), KeyPackageLimits::default()).await;
     let alice = bench.account(1).await;
     for n in [1, 2] {

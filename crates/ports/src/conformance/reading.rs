@@ -92,7 +92,7 @@ pub async fn a_page_ends_at_its_limits(factory: &dyn Factory) {
     }
 }
 
-pub async fn the_first_message_comes_whatever_its_size(factory: &dyn Factory) {
+pub async fn the_first_message_is_returned_regardless_of_its_size(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     bench.deliver_all(alice, alice, &[&"x".repeat(300_000), "small"]).await;

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn other_bytes_are_no_outcome() {
+    fn truncated_extended_and_unknown_bytes_are_not_decoded_as_an_outcome() {
         let encoded = encode_listed(&[Enqueued::Accepted(receipt(1))], GROUP);
         for length in 0..encoded.len() {
             assert_eq!(decode(&encoded[..length], GROUP), None, "the first {length} bytes");

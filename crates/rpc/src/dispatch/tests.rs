@@ -24,7 +24,7 @@ fn size<'a, F: Future>(_: impl Fn(Cx<'a>, Bytes) -> F) -> usize {
 
 /// An idle client costs its connection and the future of a waiting FetchWait.
 #[test]
-fn futures_are_small() {
+fn futures_of_served_calls_take_at_most_2_kib() {
     let sizes = [size(serve::<Health>), size(serve::<Enqueue>), size(serve::<FetchWait>)];
     assert!(sizes.iter().all(|size| *size <= 2_048), "{sizes:?}");
 }

@@ -145,7 +145,7 @@ fn play(vector: &Real) {
 }
 
 #[test]
-fn rfc_9807_c_1_1() {
+fn the_vector_c_1_1_of_rfc_9807_is_reproduced() {
     play(&Real {
         identifiers: Identifiers::default(),
         upload: real_1::REGISTRATION_UPLOAD,
@@ -156,7 +156,7 @@ fn rfc_9807_c_1_1() {
 }
 
 #[test]
-fn rfc_9807_c_1_2() {
+fn the_vector_c_1_2_of_rfc_9807_is_reproduced() {
     play(&Real {
         identifiers: Identifiers { client: Some(b"alice"), server: Some(b"bob") },
         upload: real_2::REGISTRATION_UPLOAD,
@@ -167,7 +167,7 @@ fn rfc_9807_c_1_2() {
 }
 
 #[test]
-fn rfc_9807_c_2_1_an_unknown_user() {
+fn the_vector_c_2_1_of_rfc_9807_for_an_unknown_user_is_reproduced() {
     let server = server(fake_1::OPRF_SEED, fake_1::SERVER_PRIVATE_KEY, fake_1::CLIENT_PUBLIC_KEY);
     let mut rng = Script::new(&[
         fake_1::MASKING_KEY,

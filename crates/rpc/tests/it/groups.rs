@@ -142,7 +142,7 @@ fn role_of(members: &[GroupMember]) -> Vec<(&str, u32)> {
 }
 
 #[tokio::test]
-async fn a_direct_channel_has_the_same_id_for_both() {
+async fn a_direct_channel_has_the_same_id_for_both_members() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let with = |peer: &User| CreateChannelRequest { peer_key: peer.key(), ..Default::default() };

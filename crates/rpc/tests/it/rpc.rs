@@ -18,7 +18,7 @@ use qpq_wire::Refusal;
 use crate::harness::{Refused, Server, code};
 
 #[tokio::test]
-async fn methods_that_are_not_served_are_unknown() {
+async fn calls_of_unserved_methods_are_refused_as_unknown() {
     let server = Server::start().await;
     let client = server.connect();
     let later = METHODS.iter().filter(|method| !method.served).map(|method| method.id);
@@ -119,7 +119,7 @@ async fn malformed_payloads_and_missing_sessions_are_refused_by_every_method() {
 /// Any payload from a client with a session is answered without a failure of the server, and each
 /// refusal has a documented code.
 #[test]
-fn no_payload_makes_the_server_fail() {
+fn no_payload_causes_a_failure_of_the_server() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (_server, alice) = runtime.block_on(async {

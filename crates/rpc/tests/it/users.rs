@@ -82,7 +82,7 @@ async fn malformed_usernames_and_keys_are_bad_requests() {
 }
 
 #[tokio::test]
-async fn both_need_a_session() {
+async fn resolving_a_username_or_key_requires_a_session() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let anyone = server.connect();

@@ -117,7 +117,7 @@ fn a_later_layer_takes_precedence() {
 }
 
 #[test]
-fn the_variable_names_the_file_unless_a_flag_does() {
+fn a_config_flag_overrides_qpq_config() {
     let by_flag = file_of("listen = '1.1.1.1:1'");
     let by_variable = file_of("listen = '2.2.2.2:2'");
     let environment = vec![("QPQ_CONFIG".into(), by_variable.as_os_str().into())];

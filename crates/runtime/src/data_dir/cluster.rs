@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named_with_what_to_do() {
+    fn the_error_names_a_missing_file_and_qpq_admin_init() {
         let dir = complete_directory();
         let names: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_files_are_named_with_what_to_do() {
+    fn the_error_names_a_damaged_file_and_the_remedy() {
         let dir = complete_directory();
         let cluster = ClusterDir::open(dir.path()).unwrap();
         for file in SECRETS {

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_idle_connection_ends() {
+    async fn an_idle_connection_ends_with_a_timeout() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let mut bounded = Bounded::new(listener);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_leave_descriptors_to_the_server() {
+    fn the_connection_limit_is_at_least_one_and_at_most_max_connections() {
         assert!((1..=MAX_CONNECTIONS).contains(&max_connections()));
     }
 }

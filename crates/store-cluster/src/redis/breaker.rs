@@ -114,7 +114,7 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(2);
 
     #[test]
-    fn the_breaker_opens_after_a_few_calls_in_a_row_and_closes_with_an_answer() {
+    fn three_unanswered_calls_open_the_breaker_and_one_answer_closes_it() {
         let start = Instant::now();
         let breaker = Breaker::new(TIMEOUT, start);
         for second in 2..5 {

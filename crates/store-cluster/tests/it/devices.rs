@@ -294,7 +294,7 @@ async fn a_registration_while_another_edge_has_the_queue_loaded_loses_nothing() 
 /// Two edges accept many messages while devices are registered at both. Every device gets a suffix
 /// of the stream without a gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn devices_that_come_during_sends_at_two_edges_miss_nothing() {
+async fn devices_registered_during_sends_at_two_edges_miss_no_later_message() {
     const MESSAGES: usize = 60;
     let world = World::<2>::new().await;
     let [a, b] = world.stores();

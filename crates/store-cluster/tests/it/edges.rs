@@ -124,7 +124,7 @@ async fn claims_on_three_edges_never_share_a_package_and_never_run_dry() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_last_resort_that_is_replaced_is_never_missing() {
+async fn claims_during_replacements_of_the_last_resort_always_receive_one() {
     let edges = Edges::<3>::start(KeyPackageLimits::default()).await;
     let stores = edges.stores();
     let alice = person(&stores[0], 1).await;
@@ -188,7 +188,7 @@ fn budget(n: u8) -> LimitKey {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn edges_count_one_budget() {
+async fn calls_at_two_edges_use_one_budget() {
     let edges = Edges::<2>::start(KeyPackageLimits::default()).await;
     let [a, b] = edges.stores();
     let slow = Bucket { burst: 100, per_second: 0.001 };

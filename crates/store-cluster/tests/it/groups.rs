@@ -281,7 +281,7 @@ async fn commits_and_plain_messages_to_the_same_inboxes_do_not_deadlock() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_is_removed_gets_nothing_from_then_on() {
+async fn a_removed_member_receives_no_later_messages() {
     let world = World::<2>::new(6).await;
     let [one, two] = world.stores();
     for n in 1..6 {

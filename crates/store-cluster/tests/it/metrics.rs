@@ -82,7 +82,7 @@ async fn an_edge_counts_itself_and_the_edges_whose_heartbeats_arrive() {
 
 /// Runs on one thread, as above. Counts the attempted calls, and does not measure their duration.
 #[tokio::test]
-async fn a_redis_that_hangs_gets_no_calls_until_it_answers() {
+async fn a_redis_that_hangs_receives_no_calls_until_it_answers() {
     let gauges = Gauges::default();
     let _here = metrics::set_default_local_recorder(&gauges);
     let servers = Servers::start().await;

@@ -210,7 +210,7 @@ async fn a_message_that_is_too_large_for_the_rows_of_its_recipients_is_stored_on
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_payload_goes_with_its_last_message_however_that_is_removed() {
+async fn a_shared_payload_is_removed_with_its_last_message() {
     let world = World::<2>::marked(6).await;
     let [one, two] = world.stores();
     let [a, b, c, d, e, f] = world.people[..] else { panic!("six") };

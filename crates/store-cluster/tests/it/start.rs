@@ -168,7 +168,7 @@ async fn a_refusal_of_nats_is_reported_immediately() {
 
 /// The token is in the URL or in a file. All other tests use a user and a password.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_nats_that_requires_a_token_gets_it() {
+async fn a_nats_that_requires_a_token_receives_the_token() {
     let servers = Servers::start().await;
     let nats = Nats::start_with_token().await.expect("NATS");
     let mut config = ready(&servers).await;

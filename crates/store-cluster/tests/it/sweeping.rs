@@ -54,7 +54,7 @@ fn message(n: u8) -> NewMessage {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_enqueue_removes_few_of_many_expired_messages() {
+async fn an_enqueue_removes_at_most_300_of_many_expired_messages() {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;
     let store = edge(&config).await;
@@ -94,7 +94,7 @@ async fn a_sweep_empties_many_full_inboxes() {
 
 /// The removal of each row takes so long that a whole batch never ends in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sweep_that_takes_too_long_goes_on_with_fewer_rows() {
+async fn a_sweep_that_takes_too_long_continues_with_fewer_rows() {
     let servers = Servers::start().await;
     let config = servers.cluster(StoreLimits::default()).await;
     let config = Config { postgres_timeout: Duration::from_millis(500), ..config };

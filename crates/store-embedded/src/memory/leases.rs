@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_hides_messages_from_its_own_reader_alone() {
+    fn a_lease_hides_messages_only_from_its_own_reader() {
         let table = table();
         let (_, _guard) = lease(&table, device(1), &[1, 2]);
         for other in [SINGLE, device(2)] {
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_from_before_a_removal_of_its_reader_is_taken_again() {
+    fn a_snapshot_from_before_a_removal_of_its_reader_is_not_used() {
         let table = table();
         let read = ReadInProgress::begin(&table, INBOX);
         let noted = read.changes();
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_from_before_a_change_of_the_readers_is_taken_again() {
+    fn a_snapshot_from_before_a_change_of_the_readers_is_not_used() {
         let table = table();
         let read = ReadInProgress::begin(&table, INBOX);
         let noted = read.changes();

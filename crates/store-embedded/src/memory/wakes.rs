@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_wake_reaches_its_inbox_alone() {
+    async fn a_wake_reaches_only_its_inbox() {
         let table = Arc::new(WakeTable::default());
         let mut wake = table.subscribe(INBOX, View::All);
         table.wake(&IdentityKey::new([2; 32]), View::All);

@@ -90,7 +90,7 @@ impl Statement for SetStoreId {
 }
 
 #[tokio::test]
-async fn a_refused_statement_fails_alone() {
+async fn a_refused_statement_fails_only_its_own_call() {
     let (store, _directory) = open().await;
     let writer = &store.writer;
     let (before, refused, undone, after) = tokio::join!(

@@ -213,12 +213,18 @@ impl Drop for Child {
     }
 }
 
-const ARGUMENTS: [&str; 6] =
-    ["--exact", "child::serve", "--ignored", "--nocapture", "--test-threads", "1"];
+const ARGUMENTS: [&str; 6] = [
+    "--exact",
+    "child::the_child_process_executes_commands_from_standard_input",
+    "--ignored",
+    "--nocapture",
+    "--test-threads",
+    "1",
+];
 
 #[test]
 #[ignore = "the entry point of the child process that the tests kill; it waits for commands"]
-fn serve() {
+fn the_child_process_executes_commands_from_standard_input() {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(async {

@@ -37,7 +37,7 @@ async fn sql(path: &Path, statement: &'static str) {
 }
 
 #[tokio::test]
-async fn a_missing_directory_is_created_for_its_owner_alone() {
+async fn a_missing_directory_is_created_with_access_only_for_its_owner() {
     let parent = tempfile::tempdir().expect("a directory");
     let path = parent.path().join("some/where");
     let store = open(&path).await;

@@ -127,7 +127,7 @@ async fn another_protocol_is_refused() {
 }
 
 #[tokio::test]
-async fn each_key_exchange_works_alone() {
+async fn each_key_exchange_succeeds_as_the_only_one_offered() {
     let harness = Harness::start();
     for group in [NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1] {
         let mut provider = rustls::crypto::aws_lc_rs::default_provider();

@@ -101,7 +101,7 @@ async fn an_invalid_server_name_is_an_error() {
 }
 
 #[tokio::test]
-async fn a_silent_server_is_lost() {
+async fn a_call_to_a_silent_server_fails_after_the_idle_timeout() {
     let mut config = config();
     config.timeouts.idle = Duration::from_secs(1);
     let harness = Harness::with(config);

@@ -10,7 +10,7 @@ use crate::{
 };
 
 #[tokio::test]
-async fn a_reply_is_delivered_once_the_client_has_acknowledged_it() {
+async fn a_reply_counts_as_delivered_only_after_its_acknowledgement() {
     let mut harness = Harness::start();
     let mut relay = Relay::to(harness.addr()).await;
     let raw = Raw::connect(&harness, relay.addr, quinn::TransportConfig::default()).await;

@@ -60,7 +60,7 @@ impl Recorder for TestRecorder {
 }
 
 #[tokio::test]
-async fn events_are_counted() {
+async fn connections_and_calls_are_counted_by_outcome() {
     let recorder = TestRecorder::default();
     let mut config = config();
     config.limits.max_connections = 1;

@@ -166,7 +166,7 @@ async fn a_listener_for_clients_asks_for_no_certificate() {
 }
 
 #[tokio::test]
-async fn authorities_that_cannot_be_read_are_named() {
+async fn the_error_about_unreadable_authorities_contains_their_path() {
     let harness = Harness::start();
     let path = harness.directory.path().join("absent");
     let mut config = config();

@@ -53,7 +53,7 @@ fn a_reader_during_a_rotation_reads_complete_keys() {
 }
 
 #[test]
-fn missing_and_damaged_files_are_named_and_not_created() {
+fn the_error_names_a_missing_or_damaged_file_which_stays_as_it_is() {
     for (command, rotated) in COMMANDS {
         let (workspace, shared) = Workspace::with_shared_dir();
         for name in FILES {

@@ -41,7 +41,7 @@ async fn registering_logs_in_and_pins_the_server() {
 }
 
 #[tokio::test]
-async fn a_name_and_a_profile_are_taken_once() {
+async fn registering_over_a_profile_or_under_a_taken_name_is_refused() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     alice.fails(&["register", "alice2"], 1, "profile.exists").await;
@@ -123,7 +123,7 @@ async fn only_the_right_password_logs_in() {
 }
 
 #[tokio::test]
-async fn a_password_comes_from_a_file_or_the_environment_or_is_asked_for() {
+async fn a_password_is_read_from_a_file_or_the_environment_and_required_otherwise() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     alice.ok(&["logout"]).await;

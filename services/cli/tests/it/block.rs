@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::World;
 
 #[tokio::test]
-async fn a_user_is_blocked_and_unblocked() {
+async fn a_blocked_user_is_listed_and_its_messages_dropped_until_unblocking() {
     let mut world = World::new().await;
     let (bob, mallory) = (world.user("bob").await, world.user("mallory").await);
     let key = mallory.json(&["whoami"]).await[0]["identity"].clone();

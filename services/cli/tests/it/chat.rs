@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::harness::World;
 
 #[tokio::test]
-async fn two_scripts_talk() {
+async fn two_scripts_exchange_lines_until_the_end_of_input() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let (mut a, mut b) = (alice.start(&["dm", "bob"]), bob.start(&["dm", "alice"]));

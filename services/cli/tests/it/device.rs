@@ -172,7 +172,7 @@ async fn a_device_that_was_killed_while_it_was_linked_is_revoked() {
 }
 
 #[tokio::test]
-async fn of_two_devices_with_the_same_name_one_is_named_by_its_id() {
+async fn of_two_devices_with_the_same_name_one_is_revoked_by_its_id() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     let machine = linked(&world, &alice, "laptop").await;
@@ -221,7 +221,7 @@ async fn commands_of_a_revoked_device_report_the_revocation_with_a_hint() {
 }
 
 #[tokio::test]
-async fn devices_have_names() {
+async fn the_device_list_shows_the_names_from_registration_and_renaming() {
     let world = World::new().await;
     let alice = world.person("alice");
     alice.ok(&["register", "alice", "--device", "desk"]).await;

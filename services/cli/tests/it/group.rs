@@ -63,7 +63,7 @@ async fn three_members_of_a_group_read_the_same_messages() {
 }
 
 #[tokio::test]
-async fn only_an_admin_adds_and_nobody_twice() {
+async fn adding_members_requires_an_admin_and_adding_a_member_again_fails() {
     let world = World::new().await;
     let (alice, bob, _carol) =
         (world.user("alice").await, world.user("bob").await, world.user("carol").await);
@@ -77,7 +77,7 @@ async fn only_an_admin_adds_and_nobody_twice() {
 }
 
 #[tokio::test]
-async fn a_group_named_like_a_user_gets_nothing_that_is_meant_for_the_user() {
+async fn a_group_named_like_a_user_receives_no_message_for_the_user() {
     let world = World::new().await;
     let (alice, bob, mallory) =
         (world.user("alice").await, world.user("bob").await, world.user("mallory").await);
@@ -91,7 +91,7 @@ async fn a_group_named_like_a_user_gets_nothing_that_is_meant_for_the_user() {
 }
 
 #[tokio::test]
-async fn a_group_can_be_left() {
+async fn a_member_that_leaves_is_removed_and_can_be_added_again() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let made = &alice.json(&["group", "create", "friends", "bob"]).await[0];

@@ -22,7 +22,7 @@ async fn messages_are_received_once_and_in_order() {
 }
 
 #[tokio::test]
-async fn programs_get_objects() {
+async fn json_output_of_send_and_recv_consists_of_objects() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let sent = &alice.json(&["send", "bob", "grüße\n\u{1b}[2J"]).await[0];

@@ -67,7 +67,7 @@ async fn a_waiting_time_of_more_than_a_year_is_refused() {
 }
 
 #[tokio::test]
-async fn an_ended_session_is_begun_again_where_the_password_is_at_hand() {
+async fn an_ended_session_is_replaced_where_the_password_is_available() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     let thief = alice.stolen_copy();
@@ -122,7 +122,7 @@ async fn a_chat_in_a_script_saves_its_lines_while_the_server_is_down() {
 }
 
 #[tokio::test]
-async fn a_chat_with_a_group_goes_to_the_group() {
+async fn lines_of_a_chat_with_a_group_are_sent_to_the_group() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     alice.ok(&["group", "create", "my friends", "bob"]).await;
@@ -183,7 +183,7 @@ async fn confusable_usernames_are_refused_with_advice() {
 }
 
 #[tokio::test]
-async fn a_wrong_clock_is_named_and_the_registration_completes() {
+async fn a_wrong_clock_is_reported_and_the_registration_completes_after_its_correction() {
     let world = World::new().await;
     let bob = world.user("bob").await;
     for (name, by, said) in [
@@ -257,7 +257,7 @@ async fn junk_in_an_inbox_hides_nothing_that_follows() {
 }
 
 #[tokio::test]
-async fn names_and_texts_of_any_script_come_through_in_the_c_locale() {
+async fn names_and_texts_of_any_script_arrive_unchanged_in_the_c_locale() {
     let world = World::new().await;
     let names = ["山田太郎", "алиса", "אליס", "सीता"];
     let bob = world.user("bob").await;

@@ -58,7 +58,7 @@ async fn messages_accepted_after_a_restore_of_the_server_are_shown() {
 /// The message is the first one after the restore, before the recipient has replaced its
 /// KeyPackages.
 #[tokio::test]
-async fn a_first_message_to_a_key_package_that_was_used_before_is_named_and_repeated() {
+async fn a_first_message_to_a_used_key_package_is_reported_and_repeated() {
     let mut world = World::new().await;
     let (bob, carol, dave) =
         (world.user("bob").await, world.user("carol").await, world.user("dave").await);

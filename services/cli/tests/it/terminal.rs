@@ -208,7 +208,7 @@ async fn a_silent_server_is_announced_and_typed_text_arrives_when_it_answers() {
 }
 
 #[tokio::test]
-async fn ctrl_c_leaves() {
+async fn ctrl_c_ends_a_chat_with_exit_code_zero() {
     let world = World::new().await;
     let (alice, _bob) = (world.user("alice").await, world.user("bob").await);
     let mut terminal = Terminal::start(&alice, &["dm", "bob"]);

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::harness::World;
 
 #[tokio::test]
-async fn a_server_that_is_down_is_named_and_logging_out_works_without_it() {
+async fn the_error_of_send_names_an_unreachable_server_and_logout_succeeds_without_it() {
     let mut world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);
     world.stop().await;
@@ -65,7 +65,7 @@ async fn a_profile_is_used_by_several_processes() {
 }
 
 #[tokio::test]
-async fn a_damaged_profile_is_named() {
+async fn commands_on_a_damaged_profile_fail_with_profile_damaged() {
     let world = World::new().await;
     let alice = world.user("alice").await;
     let dir = alice.home.join("profiles/default");

@@ -80,7 +80,7 @@ fn the_committed_reference_is_current() {
 }
 
 #[test]
-fn the_example_is_valid() {
+fn the_example_of_the_reference_is_a_valid_configuration() {
     let example =
         INTRODUCTION.split("```").nth(1).and_then(|block| block.strip_prefix("toml")).unwrap();
     let file = tempfile::NamedTempFile::new().unwrap();

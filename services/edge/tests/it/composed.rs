@@ -37,7 +37,7 @@ async fn several_servers_run_in_one_process() {
 }
 
 #[tokio::test]
-async fn http_can_be_turned_off() {
+async fn a_server_with_http_turned_off_still_answers_health_calls() {
     let data = Data::new();
     let mut config = config(&data);
     config.http.listen = ListenOn::Off;

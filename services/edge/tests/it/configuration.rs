@@ -218,7 +218,7 @@ async fn unknown_keys_and_variables_are_refused() {
 }
 
 #[tokio::test]
-async fn a_missing_file_is_named() {
+async fn the_error_names_a_missing_configuration_file() {
     let said = refusal(2, &[], &[("QPQ_CONFIG", "/nonexistent.toml")]).await;
     assert!(said.contains("file /nonexistent.toml: cannot be read"), "{said}");
 }

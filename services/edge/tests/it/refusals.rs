@@ -25,7 +25,7 @@ async fn a_second_server_on_the_same_directory_is_refused_and_the_first_keeps_se
 }
 
 #[tokio::test]
-async fn a_udp_port_in_use_is_named() {
+async fn the_error_names_a_udp_port_in_use_and_the_flag_to_change() {
     let (data, other) = (Data::new(), Data::new());
     let first = data.start().await;
     let address = first.address.to_string();
@@ -37,7 +37,7 @@ async fn a_udp_port_in_use_is_named() {
 }
 
 #[tokio::test]
-async fn an_http_port_in_use_is_named() {
+async fn the_error_names_an_http_port_in_use_and_the_variable_to_change() {
     let (data, other) = (Data::new(), Data::new());
     let first = data.start().await;
     let taken = first.http.to_string();
@@ -63,7 +63,7 @@ async fn an_address_of_another_machine_is_refused() {
 }
 
 #[tokio::test]
-async fn damaged_secrets_are_refused_and_left_alone() {
+async fn damaged_secrets_are_refused_and_stay_unchanged() {
     let damages: [(&str, &[u8], &str); 4] = [
         (
             "opaque-setup.bin",

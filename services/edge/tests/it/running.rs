@@ -46,7 +46,7 @@ async fn health_is_answered_over_quic() {
 }
 
 #[tokio::test]
-async fn created_files_are_readable_for_their_owner_alone() {
+async fn created_files_are_readable_only_by_their_owner() {
     let data = Data::new();
     let made = data.file("deeper/data");
     let _server = ServerProcess::start(made.to_str().unwrap(), &[]).await;

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_gives_the_same_fates() {
+    fn the_same_seed_yields_the_same_fate_of_each_datagram() {
         let start = Instant::now();
         let faults = Faults {
             jitter: 5 * MS,

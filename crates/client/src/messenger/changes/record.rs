@@ -240,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_survive_their_encoding() {
+    fn encoded_changes_decode_to_the_same_changes() {
         let key = |n| IdentityKey::new([n; 32]);
         let group = GroupId::try_from(&[1; 32][..]).unwrap();
         let change = Change {

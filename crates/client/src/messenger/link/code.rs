@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_code_is_read_as_people_type_it() {
+    fn a_typed_code_is_parsed_in_any_case_and_with_similar_letters() {
         let code = LinkCode(0b00000_00001_00010_11111_00000_10000_01010_00001_00000_11110);
         assert_eq!(code.to_string(), "012Z0-GA10Y");
         for typed in ["012Z0-GA10Y", "012z0ga10y", "ol2zo gaioy", " 012Z0-GAL0-Y\n"] {

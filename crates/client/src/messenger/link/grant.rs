@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grant_opens_with_the_request_and_the_password_alone() {
+    fn a_grant_opens_only_with_its_request_and_the_password() {
         let case = case(3, 2);
         let message = case.grant.seal(&case.request, &export_key(8)).unwrap();
         let opened = case.open(&message, &export_key(8)).unwrap();

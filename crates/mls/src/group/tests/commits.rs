@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_member_that_is_no_admin_adds_and_removes_no_accounts() {
+fn commits_of_a_non_admin_that_add_or_remove_accounts_are_ignored() {
     let (mut ann, mut bob, mut cat, mut dan) =
         (client("ann"), client("bob"), client("cat"), client("dan"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
@@ -26,7 +26,7 @@ fn a_member_that_is_no_admin_adds_and_removes_no_accounts() {
 }
 
 #[test]
-fn proposals_are_ignored() {
+fn proposals_are_ignored_and_not_part_of_later_commits() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
     let signer = bob.leaf();
@@ -81,7 +81,7 @@ fn not_even_an_admin_changes_the_channel_a_name_or_a_direct_conversation() {
 
 /// Nothing proves that the new signature key belongs to the account.
 #[test]
-fn a_member_cannot_become_another() {
+fn a_commit_that_changes_the_account_of_a_leaf_is_refused() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let id = group_of(&mut ann, &mut [&mut bob]);
     let other = LeafSigner::of_account(&Identity::generate(), &ann.username);

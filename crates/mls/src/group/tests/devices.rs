@@ -58,7 +58,7 @@ fn a_device_whose_proof_is_forged_is_refused_in_a_commit_and_in_a_welcome() {
 }
 
 #[test]
-fn a_device_is_in_a_group_once() {
+fn a_second_leaf_of_a_device_is_refused() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let mut laptop = on_device(&bob, "laptop");
     let id = group_of(&mut ann, &mut [&mut bob, &mut laptop]);
@@ -82,7 +82,7 @@ fn a_device_is_in_a_group_once() {
 }
 
 #[test]
-fn a_member_that_is_no_admin_changes_neither_name_nor_admins() {
+fn commits_of_a_non_admin_that_change_name_or_admins_are_ignored() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat]);
     let profile = bob.groups[&id].profile.clone();
@@ -104,7 +104,7 @@ fn a_member_that_is_no_admin_changes_neither_name_nor_admins() {
 }
 
 #[test]
-fn a_member_that_is_no_admin_does_not_remove_all_devices_of_an_account() {
+fn only_an_admin_removes_all_devices_of_an_account() {
     let (mut ann, mut bob, mut cat) = (client("ann"), client("bob"), client("cat"));
     let mut phone = on_device(&cat, "phone");
     let id = group_of(&mut ann, &mut [&mut bob, &mut cat, &mut phone]);
@@ -124,7 +124,7 @@ fn a_member_that_is_no_admin_does_not_remove_all_devices_of_an_account() {
 }
 
 #[test]
-fn an_account_removes_another_of_its_devices_but_not_an_other_accounts_in_the_same_commit() {
+fn a_commit_that_removes_an_own_device_and_another_account_is_ignored() {
     let (mut ann, mut bob) = (client("ann"), client("bob"));
     let mut phone = on_device(&bob, "phone");
     let id = group_of(&mut ann, &mut [&mut bob, &mut phone]);

@@ -113,7 +113,7 @@ pub async fn concurrent_takes_of_devices_never_share_a_package(factory: &dyn Fac
     assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 30, "{all:?}");
 }
 
-pub async fn a_replacement_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
+pub async fn a_replacement_removes_only_the_packages_of_its_device(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     for n in [1, 2] {
@@ -145,7 +145,7 @@ pub async fn a_device_without_a_key_has_the_packages_of_the_account(factory: &dy
     assert_eq!(bench.take(alice).await, None, "its private keys are lost");
 }
 
-pub async fn a_revocation_removes_the_packages_of_its_device_alone(factory: &dyn Factory) {
+pub async fn a_revocation_removes_only_the_packages_of_its_device(factory: &dyn Factory) {
     let bench = Bench::new(factory).await;
     let alice = bench.account(1).await;
     bench.upload(alice, vec![package(1)]).await;

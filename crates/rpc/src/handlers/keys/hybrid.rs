@@ -120,7 +120,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..=LEN + 8)) {
+        fn arbitrary_bytes_do_not_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..=LEN + 8),
+        ) {
             let _ = check(&bytes);
         }
 

@@ -232,7 +232,7 @@ async fn the_bytes_of_a_batch_for_all_recipients_are_bounded() {
 }
 
 #[tokio::test]
-async fn the_largest_batch_is_64_mib() {
+async fn a_batch_above_64_mib_is_refused() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let mut request = BatchEnqueueRequest {

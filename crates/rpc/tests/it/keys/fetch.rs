@@ -94,7 +94,7 @@ async fn an_expired_package_is_not_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn no_two_of_64_concurrent_fetches_get_the_same_package() {
+async fn no_two_of_64_concurrent_fetches_receive_the_same_package() {
     let server = Server::start().await;
     let (alice, bob) = (server.user("alice").await, server.user("bob").await);
     let once = packages(&server, &alice, 40);

@@ -49,7 +49,7 @@ async fn an_upload_returns_the_fingerprint_and_the_stock() {
 }
 
 #[tokio::test]
-async fn last_resort_applies_to_the_first_package_alone() {
+async fn last_resort_applies_only_to_the_first_package() {
     let server = Server::start().await;
     let alice = server.user("alice").await;
     let packages = packages(&server, &alice, 3);

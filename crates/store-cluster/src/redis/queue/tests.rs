@@ -164,7 +164,7 @@ fn a_member_is_decoded_as_it_was_encoded() {
 }
 
 #[test]
-fn truncated_bytes_are_no_member() {
+fn truncated_bytes_are_not_decoded_as_a_member() {
     let envelope = Envelope {
         seq: Seq(1),
         channel: ChannelId::new([1; 16]),

@@ -128,7 +128,7 @@ async fn a_restore_that_fails_leaves_an_empty_database() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn missing_and_outdated_client_programs_of_postgres_are_named() {
+async fn the_error_names_a_missing_or_outdated_client_program_of_postgres() {
     let scene = Scene::new(SMALL).await;
     let backup = scene.workspace.path("backup");
     let tools = scene.workspace.path("tools");
