@@ -79,6 +79,11 @@ impl Client {
         }
     }
 
+    /// Notes a message that is not for MLS, so that [`Client::knows`] recognizes it.
+    pub fn note_received(&mut self, bytes: &[u8], at: UnixMillis) -> Result<(), DatabaseError> {
+        self.database.note_digest(&Sha256::digest(bytes).into(), day(at)).map(drop)
+    }
+
     /// Returns whether a message was received before, by the SHA-256 of its bytes.
     pub fn knows(&self, digest: &[u8; 32]) -> Result<bool, DatabaseError> {
         self.database.knows_digest(digest)
@@ -90,7 +95,8 @@ impl Client {
         self.database.forget_digests(day(before), limit)
     }
 
-    /// Removes the messages that have waited too long, and returns them as lost.
+    /// Removes the messages that have waited too long, and returns them as lost. Messages to groups
+    /// from which this device was removed are not returned: they were not for this device.
     pub fn remove_expired_waiting(
         &mut self,
         now: UnixMillis,
@@ -98,7 +104,13 @@ impl Client {
         let over = waiting::remove_if(&self.database, |message| {
             message.arrival.at.plus(waiting::RETENTION) <= now
         })?;
-        Ok(over.into_iter().map(|message| message.into_unreadable(Lost::NeverCame)).collect())
+        let mut lost = Vec::new();
+        for message in over {
+            if self.group(&message.group)?.is_none_or(|group| group.active) {
+                lost.push(message.into_unreadable(Lost::NeverCame));
+            }
+        }
+        Ok(lost)
     }
 
     /// Removes the messages of unknown groups that satisfy `is_over`, and returns them as lost.
@@ -119,10 +131,14 @@ impl Client {
         Ok(waiting.into_keys().collect())
     }
 
-    /// Returns the channels of messages that wait for a Welcome.
+    /// Returns the channels of messages to unknown groups, which wait for a Welcome.
     pub fn unknown_channels(&self) -> Result<Vec<ChannelId>, DatabaseError> {
-        let waiting = waiting::groups(&self.database, Needs::Welcome)?;
-        let mut channels: Vec<_> = waiting.into_values().collect();
+        let mut channels = Vec::new();
+        for (group, channel) in waiting::groups(&self.database, Needs::Welcome)? {
+            if self.group(&group)?.is_none() {
+                channels.push(channel);
+            }
+        }
         channels.sort_unstable();
         channels.dedup();
         Ok(channels)
@@ -141,7 +157,9 @@ impl Client {
         let epoch = message.epoch().as_u64();
         let needs = match self.group(&id)? {
             None => Some(Needs::Welcome),
-            Some(group) if group.active && epoch > group.epoch => Some(Needs::Commit),
+            Some(group) if epoch > group.epoch && group.active => Some(Needs::Commit),
+            // This device was removed, and may have been added again in that epoch.
+            Some(group) if epoch > group.epoch => Some(Needs::Welcome),
             Some(_) => None,
         };
         if let Some(needs) = needs {

@@ -202,7 +202,9 @@ impl State {
             }
             Decision::Compared { identity, username, at } => {
                 self.note_acquaintance(&identity)?;
-                self.people.claim(identity, &username)?;
+                if !self.people.is_named(&identity)? {
+                    self.people.claim(identity, &username)?;
+                }
                 let person = self.people.person(&identity)?;
                 let is_credible =
                     matches!(person.standing, Standing::Claimed | Standing::Confirmed);
@@ -300,6 +302,18 @@ mod tests {
             assert_eq!(other.people.compared_at(&BOB).unwrap(), None);
             assert_eq!(other.people.person(&BOB).unwrap().standing, standing);
         }
+    }
+
+    #[test]
+    fn a_decision_does_not_change_the_name_of_a_key() {
+        let [one, mut other] = devices();
+        let [bob, eve] = ["bob", "eve"].map(|name| Username::parse(name).unwrap());
+        one.share(&Decision::Compared { identity: BOB, username: eve, at: UnixMillis(5) }).unwrap();
+        other.people.set(BOB, bob.clone(), Standing::Confirmed).unwrap();
+        other.adopt_decision(&sent(&one)[0], now()).unwrap();
+        let person = other.people.person(&BOB).unwrap();
+        assert_eq!((person.username, person.standing), (bob, Standing::Confirmed));
+        assert_eq!(other.people.compared_at(&BOB).unwrap(), None);
     }
 
     #[test]

@@ -9,13 +9,17 @@ use super::{
     now,
     outbox::{Outgoing, RecipientStatus, fresh_message_id},
 };
-use crate::error::CallError;
+use crate::error::{CallError, Error};
 
 impl Messenger {
     /// Sends a marker to the account's own inbox, if one is due.
     pub(super) async fn send_due_marker(&self) -> Result<(), CallError> {
-        let due = self.store().read(|state| Ok(state.due_marker()?)).await;
-        let Ok(Some(marker)) = due else { return Ok(()) };
+        let due = self.store().read(|state| Ok((state.due_marker()?, state.is_unverified()?)));
+        let Ok((Some(marker), is_unverified)) = due.await else { return Ok(()) };
+        if is_unverified && let Err(error) = self.end_unverified().await {
+            tracing::warn!(%error, "a marker is not sent");
+            return Ok(());
+        }
         match self.client().call::<methods::Enqueue>(to_self(&marker)).await {
             Ok(_) => {
                 let generation = marker.generation;
@@ -31,6 +35,14 @@ impl Messenger {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Ends the note of another process that messages were encrypted before the inbox was read.
+    ///
+    /// This process has compared the same state. Without this, a later process would take the next
+    /// marker for one of a newer state.
+    pub(super) async fn end_unverified(&self) -> Result<(), Error> {
+        self.store().change(|state| Ok(state.end_unverified()?)).await
     }
 
     /// Sends the marker, if one is due, and then the item. Both are sent in one call if possible.

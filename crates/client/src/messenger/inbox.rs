@@ -124,6 +124,10 @@ impl Messenger {
         let Some(_turn) = turn else { return Ok((NewKeys::NotNeeded, Extent::Part)) };
         let (mut keys, mut extent) = (NewKeys::NotNeeded, Extent::Part);
         let (mut after, mut newest, mut news) = (Seq::ZERO, None, false);
+        if !self.shared.verified.load(Ordering::Relaxed) {
+            // The pass itself may encrypt answers.
+            self.store().change(|state| Ok(state.begin_unverified()?)).await?;
+        }
         let unpassed = self.store().read(|state| Ok(state.mls.unpassed()?)).await?;
         for _ in 0..MAX_PAGES {
             let (page, connection) = self.peek(after).await?;

@@ -34,7 +34,8 @@ impl Messenger {
         let id = group_of(group)?;
         // Messages that are not read before the keys are deleted can never be decrypted.
         if !self.shared.verified.load(Ordering::Relaxed) {
-            self.sync_and_settle_keys().await?;
+            let keys = self.sync_to_end().await?;
+            self.settle_keys(keys).await?;
         }
         self.promote_successor(id).await?;
         self.store()

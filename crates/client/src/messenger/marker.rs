@@ -6,7 +6,7 @@
 //! account can derive. This *marker* stays there until a newer one of the device replaces it. A
 //! state that finds a marker with a higher count than its own is an older copy. The client then
 //! skips, in every group, the keys that may have been used after the copy was made, before it
-//! encrypts. Messages that were encrypted before the inbox could be read are encrypted again.
+//! encrypts. Texts that were encrypted before the inbox was read are encrypted again.
 //!
 //! A marker expires after 90 days, and a restored server may have lost it. Without a marker the
 //! older copy is not detected; a receiver that cannot decrypt its messages asks for a repeat
@@ -20,7 +20,12 @@ use qpq_mls::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::{log::Event, now, state::State, tables::OUTBOX};
+use super::{
+    log::{DeliveryState, Event},
+    now,
+    state::State,
+    tables::OUTBOX,
+};
 use crate::error::Error;
 
 /// The number of messages that the state has encrypted.
@@ -140,6 +145,18 @@ impl State {
         self.set_number(MARKED, Some(before.max(generation)))
     }
 
+    /// Returns whether messages may have been encrypted before the inbox was read.
+    pub(super) fn is_unverified(&self) -> Result<bool, DatabaseError> {
+        Ok(self.number(UNVERIFIED)?.is_some())
+    }
+
+    /// Forgets that messages were encrypted before the inbox was read: a process that uses the
+    /// state since then has compared it.
+    pub(super) fn end_unverified(&self) -> Result<(), DatabaseError> {
+        self.set_number(VERIFIED_GENERATION, None)?;
+        self.set_number(UNVERIFIED, None)
+    }
+
     /// Notes that the messages encrypted from now on are encrypted before the inbox is read.
     pub(super) fn begin_unverified(&self) -> Result<(), DatabaseError> {
         if self.number(UNVERIFIED)?.is_none() {
@@ -159,7 +176,7 @@ impl State {
         // Another process of this profile may have sent markers of these items.
         let known = verified.max(self.number(MARKED)?.unwrap_or(0));
         if let Some(marked) = marked.filter(|marked| *marked > known) {
-            self.mls.skip_keys(marked - verified + SLACK)?;
+            self.mls.skip_keys((marked - verified).saturating_add(SLACK))?;
             self.set_number(GENERATION, Some(generation.max(marked)))?;
             self.set_number(MARKED, Some(marked))?;
             self.log.push(None, now(), Event::Restored)?;
@@ -167,19 +184,29 @@ impl State {
             self.replace_packages()?;
             self.encrypt_again()?;
         }
-        self.set_number(VERIFIED_GENERATION, None)?;
-        Ok(self.set_number(UNVERIFIED, None)?)
+        Ok(self.end_unverified()?)
     }
 
     /// Encrypts those messages again that were encrypted before the inbox was read.
     fn encrypt_again(&mut self) -> Result<(), Error> {
         let Some(from) = self.number(UNVERIFIED)? else { return Ok(()) };
-        for entry in self.outbox.remove_from(from)? {
+        let decisions = self.decision_channel();
+        for entry in self.outbox.remove_encrypted(from, decisions)? {
             let Some(kept) = self.log.get(entry)? else { continue };
             if let (Some(conversation), Event::Sent { text, .. }) =
                 (kept.entry.conversation, kept.entry.event)
             {
-                super::send::encrypt_entry(self, conversation, entry, text)?;
+                match super::send::encrypt_entry(self, conversation, entry, text) {
+                    Ok(()) => {}
+                    Err(Error::State(error) | Error::Mls(qpq_mls::Error::Database(error))) => {
+                        return Err(error.into());
+                    }
+                    // We have left the group since, or were removed.
+                    Err(error) => {
+                        tracing::info!(%error, "a message of a restored copy is not sent");
+                        self.log.set_delivery(entry, DeliveryState::Failed)?;
+                    }
+                }
             }
         }
         Ok(())
@@ -189,15 +216,69 @@ impl State {
 #[cfg(test)]
 mod tests {
     use qpq_domain::Username;
-    use qpq_mls::{Identity, database::Database};
+    use qpq_mls::{Identity, Parcel, database::Database};
 
     use super::*;
-    use crate::messenger::tables::SETTINGS;
+    use crate::messenger::{log::ConversationId, tables::SETTINGS};
+
+    fn state() -> State {
+        let name = Username::parse("alice").unwrap();
+        State::create(&Database::in_memory(), Identity::generate(), name).unwrap()
+    }
+
+    #[test]
+    fn a_restored_copy_drops_what_it_encrypted_and_keeps_decisions() {
+        let mut state = state();
+        let parcel = |channel, recipient| Parcel {
+            recipients: vec![recipient],
+            channel,
+            payload: b"encrypted".to_vec(),
+        };
+        let (stranger, decisions) = (IdentityKey::new([7; 32]), state.decision_channel());
+        let conversation = ConversationId::Direct(stranger);
+        state.begin_unverified().unwrap();
+        state.count_encryption().unwrap();
+        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
+        let entry = state.log.push_own(conversation, now(), sent).unwrap();
+        let channel = ChannelId::new([1; 16]);
+        state.outbox.push(parcel(channel, stranger), Some(entry), now()).unwrap();
+        state.outbox.push(parcel(channel, stranger), None, now()).unwrap();
+        state.outbox.push(parcel(decisions, state.me()), None, now()).unwrap();
+
+        // The conversation has no group, so the text cannot be encrypted again.
+        state.compare_with(Some(u64::MAX)).unwrap();
+        assert_eq!(state.log.delivery(entry).unwrap(), Some(DeliveryState::Failed));
+        let end = state.outbox.end().unwrap();
+        let (place, left) = state.outbox.next(None, end).unwrap().expect("one item");
+        assert_eq!(left.channel, decisions);
+        assert_eq!(state.outbox.next(Some(place), end).unwrap(), None);
+        assert!(!state.is_unverified().unwrap());
+    }
+
+    #[test]
+    fn a_marker_sent_by_another_process_of_this_state_is_not_of_a_newer_state() {
+        let mut state = state();
+        let restored = |state: &State| {
+            let entries = state.log.unseen(None, 10).unwrap();
+            entries.iter().filter(|entry| entry.event == Event::Restored).count()
+        };
+        // A process without a connection, and one that sends its message and a later one.
+        state.begin_unverified().unwrap();
+        state.count_encryption().unwrap();
+        state.end_unverified().unwrap();
+        state.count_encryption().unwrap();
+        // The next process reads the marker of the later message, which is not noted as sent.
+        state.begin_unverified().unwrap();
+        state.compare_with(Some(2)).unwrap();
+        assert_eq!(restored(&state), 0);
+        state.begin_unverified().unwrap();
+        state.compare_with(Some(3)).unwrap();
+        assert_eq!(restored(&state), 1);
+    }
 
     #[test]
     fn a_damaged_note_about_linking_is_an_error() {
-        let name = Username::parse("alice").unwrap();
-        let state = State::create(&Database::in_memory(), Identity::generate(), name).unwrap();
+        let state = state();
         assert!(state.marking().is_ok());
         state.database().put(SETTINGS, LINKED, None, b"short").unwrap();
         assert!(matches!(state.marking(), Err(DatabaseError::Damaged(_))));

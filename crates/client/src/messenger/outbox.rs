@@ -87,15 +87,23 @@ impl Outbox {
         self.database.append(OUTBOX, new, &encode(&SavedOutgoing::from(item))).map(drop)
     }
 
-    /// Removes our messages from the item `number` on, and returns their entries.
-    pub(super) fn remove_from(&self, number: u64) -> Result<Vec<EntryId>, DatabaseError> {
+    /// Removes the items from a number on, and returns the entries of those that have one. Keeps
+    /// decisions, which are not encrypted with the keys of a group.
+    ///
+    /// The removed items without an entry are answers to questions, which are asked again.
+    pub(super) fn remove_encrypted(
+        &self,
+        number: u64,
+        decisions: ChannelId,
+    ) -> Result<Vec<EntryId>, DatabaseError> {
         let mut entries = Vec::new();
         let mut after = number.checked_sub(1);
         while let Some(item) = self.database.items_after(OUTBOX, after, 1)?.pop() {
             after = Some(item.number);
-            if let Some(entry) = decode::<SavedOutgoing>(&item.value)?.restore()?.entry {
+            let outgoing = decode::<SavedOutgoing>(&item.value)?.restore()?;
+            if outgoing.channel != decisions {
                 self.database.remove_item(OUTBOX, item.number)?;
-                entries.push(entry);
+                entries.extend(outgoing.entry);
             }
         }
         Ok(entries)

@@ -1,7 +1,9 @@
 //! Processing of one page of the inbox, in one transaction.
 
-use qpq_domain::{ChannelId, Seq, UnixMillis};
-use qpq_mls::{Arrival, Received, Rules};
+use std::collections::BTreeSet;
+
+use qpq_domain::{ChannelId, IdentityKey, Seq, UnixMillis};
+use qpq_mls::{Arrival, Received, Rules, database::DatabaseError};
 use qpq_proto::v1;
 use sha2::{Digest as _, Sha256};
 
@@ -36,7 +38,7 @@ pub(super) struct PageOutcome {
     pub(super) processed: Vec<u64>,
     /// The newest marker so far, which stays in the inbox.
     pub(super) newest: Option<OwnMarker>,
-    /// Whether there was a message that is not a marker and was not processed before.
+    /// Whether there was a message to a group that was not processed before.
     pub(super) news: bool,
     /// The members to remove.
     leaving: Leaving,
@@ -116,7 +118,6 @@ pub(super) fn process_page(
     let joins = |request: &qpq_mls::Request| {
         Ok(request.inviter.identity == me || joins(&database, request)?)
     };
-    let rules = Rules { blocked: &blocked, joins: &joins, has_other_devices };
     let legacy = state.number(LEGACY_CURSOR)?.unwrap_or(0);
     let last = Some(state.number(LAST_SEQ)?.unwrap_or(legacy));
     let mut seqs = Seqs { last, legacy, went_back: false };
@@ -126,9 +127,9 @@ pub(super) fn process_page(
     let newest_at = page.payloads.iter().map(|envelope| UnixMillis(envelope.enqueued_at)).max();
     let (marking, decisions) = (state.marking()?, state.decision_channel());
     let outcome = PageOutcome::new(newest);
-    let mut processor = PageProcessor { state, marking, decisions, seqs, outcome, now };
+    let mut processor = PageProcessor { state, marking, decisions, blocked, seqs, outcome, now };
     for envelope in page.payloads {
-        processor.process(&envelope, &rules)?;
+        processor.process(&envelope, &joins, has_other_devices)?;
     }
     let PageProcessor { state, seqs, mut outcome, .. } = processor;
     state.remove_leaving(std::mem::take(&mut outcome.leaving))?;
@@ -146,6 +147,7 @@ struct PageProcessor<'a> {
     marking: Marking,
     /// The channel of the account's decisions.
     decisions: ChannelId,
+    blocked: BTreeSet<IdentityKey>,
     seqs: Seqs,
     outcome: PageOutcome,
     now: UnixMillis,
@@ -154,38 +156,42 @@ struct PageProcessor<'a> {
 impl PageProcessor<'_> {
     /// Processes one message: a marker, a message of a new device, a decision of another device, or
     /// a message to a group.
-    fn process(&mut self, envelope: &v1::Envelope, rules: &Rules<'_>) -> Result<(), Error> {
-        let Self { state, marking, decisions, seqs, outcome, now } = self;
+    fn process(
+        &mut self,
+        envelope: &v1::Envelope,
+        joins: &dyn Fn(&qpq_mls::Request) -> Result<bool, DatabaseError>,
+        has_other_devices: bool,
+    ) -> Result<(), Error> {
+        let Self { state, marking, decisions, blocked, seqs, outcome, now } = self;
         let (seq, at) = (envelope.seq, UnixMillis(envelope.enqueued_at));
         let arrival = Arrival { at: at.max(*now), channel: channel(envelope) };
         let is_news = !state.mls.knows(&digest(&envelope.data))?;
         seqs.note(state, seq, is_news, at)?;
         if arrival.channel == marking.channel {
-            // Noted like any message, so that it is recognized.
-            state.mls.receive(&envelope.data, arrival)?;
+            state.mls.note_received(&envelope.data, arrival.at)?;
             outcome.add_marker(seq, marking.open(&envelope.data));
             return Ok(());
         }
         outcome.processed.push(seq);
         if let Some(message) = state.link_message(arrival.channel, &envelope.data) {
-            // Noted like any message, so that it is recognized.
-            state.mls.receive(&envelope.data, arrival)?;
+            state.mls.note_received(&envelope.data, arrival.at)?;
             if is_news {
                 state.note_link_message(message, at, *now)?;
             }
             return Ok(());
         }
         if arrival.channel == *decisions {
-            // Noted like any message, so that it is recognized.
-            state.mls.receive(&envelope.data, arrival)?;
+            state.mls.note_received(&envelope.data, arrival.at)?;
             if is_news {
                 state.adopt_decision(&envelope.data, *now)?;
+                *blocked = state.blocked()?;
             }
             return Ok(());
         }
         outcome.news |= is_news;
-        for received in state.mls.receive_by(&envelope.data, arrival, rules)? {
-            if is_from(&received, rules.blocked) {
+        let rules = Rules { blocked, joins, has_other_devices };
+        for received in state.mls.receive_by(&envelope.data, arrival, &rules)? {
+            if is_from(&received, blocked) {
                 continue;
             }
             if matches!(received, Received::Unreadable(_)) && seq <= seqs.legacy {

@@ -235,8 +235,9 @@ impl State {
             return Ok(());
         }
         let me = self.me();
-        let asked_in = self.mls.group(&group)?;
-        if asked_in.is_none_or(|asked_in| asked_in.peer_of(&me) != Some(*asker)) {
+        let Some(asked_in) = self.mls.group(&group)? else { return Ok(()) };
+        // A commit that waited for the same message may have removed us since.
+        if !asked_in.active || asked_in.peer_of(&me) != Some(*asker) {
             return Ok(());
         }
         // Nothing more is sent to groups that the asker may be unable to read.
@@ -260,8 +261,14 @@ impl State {
                 repeats: Some(digest),
             };
             self.count_encryption()?;
-            let parcel = self.mls.encrypt(group, &content)?;
-            self.outbox.push(parcel, None, now())?;
+            match self.mls.encrypt(group, &content) {
+                Ok(parcel) => self.outbox.push(parcel, None, now())?,
+                Err(qpq_mls::Error::Database(error)) => return Err(error.into()),
+                Err(error) => {
+                    tracing::info!(%error, "a question about lost messages is not answered");
+                    return Ok(());
+                }
+            }
         }
         Ok(())
     }
@@ -422,9 +429,11 @@ fn is_direct(me: &IdentityKey, peer: &IdentityKey, lost: &Unreadable) -> bool {
 #[cfg(test)]
 mod tests {
     use qpq_domain::{ChannelId, Username};
-    use qpq_mls::{Arrival, Identity, database::Database};
+    use qpq_mls::{Arrival, Change, Identity, NewMember, database::Database};
+    use sha2::Digest as _;
 
     use super::*;
+    use crate::messenger::{log::DeliveryState, outbox::RecipientStatus, send::encrypt_entry};
 
     const DAY: Duration = Duration::from_secs(24 * 3600);
     const START: UnixMillis = UnixMillis(1_800_000_000_000);
@@ -506,6 +515,32 @@ mod tests {
             assert_eq!(count(&state), (left, left));
         }
         assert_eq!(state.due_questions(over).unwrap(), [key(2)], "who was not asked yet stays");
+    }
+
+    #[test]
+    fn a_question_that_cannot_be_answered_does_not_stop_the_inbox() {
+        let mut alice = state();
+        let name = || Username::parse("bob").unwrap();
+        let mut bob = State::create(&Database::in_memory(), Identity::generate(), name()).unwrap();
+        let group = alice.mls.create_direct(bob.me(), START).unwrap();
+        let key_package = bob.mls.key_packages(1, now()).unwrap().remove(0);
+        let added = NewMember { identity: bob.me(), username: name(), key_package };
+        let change = Change { add: vec![added], ..Change::default() };
+        alice.mls.commit(group, &change, now()).unwrap().unwrap();
+        alice.mls.confirm(group).unwrap();
+        let conversation = ConversationId::Direct(bob.me());
+        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
+        let entry = alice.log.push_own(conversation, now(), sent).unwrap();
+        encrypt_entry(&mut alice, conversation, entry, "hi".into()).unwrap();
+        let (place, item) =
+            alice.outbox.next(None, alice.outbox.end().unwrap()).unwrap().expect("one item");
+        let digest = sha2::Sha256::digest(&item.payload).into();
+        alice.outbox.settle(place, &[(bob.me(), RecipientStatus::Accepted)]).unwrap();
+
+        // More keys than a group can skip.
+        alice.mls.skip_keys(100_000).unwrap();
+        alice.answer(group, &bob.me(), vec![digest]).unwrap();
+        assert!(alice.outbox.is_empty().unwrap());
     }
 
     #[test]

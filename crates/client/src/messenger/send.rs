@@ -139,7 +139,10 @@ impl Messenger {
             if let Err(error) = Box::pin(self.settle_keys(keys)).await {
                 tracing::warn!(%error, "key packages were not published");
             }
-            return Ok(());
+            // Unless another process is reading.
+            if self.shared.verified.load(Ordering::Relaxed) {
+                return Ok(());
+            }
         }
         self.store().change(|state| Ok(state.begin_unverified()?)).await
     }
@@ -158,7 +161,12 @@ impl Messenger {
         }
         if !self.shared.verified.load(Ordering::Relaxed) {
             let before = self.store().read(|state| Ok(state.outbox.end()?)).await?;
-            Box::pin(self.sync_and_settle_keys()).await?;
+            match Box::pin(self.sync_to_end()).await {
+                Ok(keys) => Box::pin(self.settle_keys(keys)).await?,
+                // Another process is reading. The messages wait until one has read to the end.
+                Err(Error::GroupBusy) => return Ok(()),
+                Err(error) => return Err(error),
+            }
             // Messages that were encrypted again have new positions.
             let after = self.store().read(|state| Ok(state.outbox.end()?)).await?;
             end = if after > before { after } else { end };
@@ -190,12 +198,15 @@ impl Messenger {
             let (from, end) = (backlog.from, backlog.end);
             let next = self.store().read(move |state| {
                 let Some((place, item)) = state.outbox.next(from, end)? else { return Ok(None) };
-                Ok(Some((place, item, state.due_marker()?)))
+                Ok(Some((place, item, state.due_marker()?, state.is_unverified()?)))
             });
-            let Some((place, item, marker)) = next.await? else {
+            let Some((place, item, marker, is_unverified)) = next.await? else {
                 left = Unsent::Nothing;
                 break;
             };
+            if is_unverified {
+                self.end_unverified().await?;
+            }
             backlog.from = Some(place);
             let marker = marker.as_ref().filter(|marker| marker.generation > marked);
             let (statuses, outcome) =

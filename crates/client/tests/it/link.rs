@@ -523,6 +523,16 @@ async fn a_contact_of_one_device_is_not_a_stranger_to_the_other_devices() {
     alice.unblock(dave.profile().identity).await.unwrap();
     texts(&laptop).await;
     assert!(laptop.blocked().await.unwrap().is_empty());
+
+    // A decision counts for the messages after it, even if all are read together.
+    alice.block(bob.profile().identity).await.unwrap();
+    texts(&laptop).await;
+    alice.unblock(bob.profile().identity).await.unwrap();
+    bob.send(work, "unblocked").await.unwrap();
+    assert_eq!(texts(&laptop).await, ["bob: unblocked"]);
+    alice.block(bob.profile().identity).await.unwrap();
+    bob.send(work, "blocked").await.unwrap();
+    assert!(texts(&laptop).await.is_empty());
 }
 
 /// Returns the removals among the received entries: the member that removed, and the removed

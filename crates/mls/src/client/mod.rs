@@ -450,8 +450,11 @@ impl Client {
     ///
     /// Later messages to the group are dropped. Another Welcome of its creator is a new request.
     pub fn decline(&mut self, group: &GroupId) -> Result<bool, DatabaseError> {
-        self.database.delete(tables::SKIPPED, group.as_bytes())?;
-        requests::decline(&self.database, group)
+        let was_waiting = requests::decline(&self.database, group)?;
+        if was_waiting {
+            self.database.delete(tables::SKIPPED, group.as_bytes())?;
+        }
+        Ok(was_waiting)
     }
 
     /// Declines every request of a person.

@@ -67,6 +67,10 @@ impl State {
                     let shown = if by_person { Shown::Already } else { Shown::NotYet };
                     self.note_changes(&group, &by, changes, at, shown)?;
                 }
+                Received::Leaving { group, sender } => {
+                    self.note_leaving(&group, &sender.identity)?;
+                    self.remove_leaving([(group, vec![sender.identity])].into())?;
+                }
                 other => note(self, other, at)?,
             }
         }
