@@ -196,8 +196,8 @@ async fn a_listener_outlives_a_drain() {
     soon(server.drain()).await;
     server.start_again().await;
     alice.send(with_bob, "after").await.unwrap();
-    let heard = soon(listener.next()).await.unwrap().unwrap();
-    assert_eq!(line(&heard), "alice: after");
+    let entry = soon(listener.next()).await.unwrap().unwrap();
+    assert_eq!(line(&entry), "alice: after");
 }
 
 #[tokio::test]
