@@ -39,7 +39,7 @@ impl Target {
         let (host, port) =
             split_address(&options.server).ok_or_else(|| ConnectError::Misconfigured {
                 reason: format!(
-                    "{:?} is no server address: write host, host:port or, for IPv6, [::1]:5001",
+                    "{:?} is not a server address: write host, host:port or, for IPv6, [::1]:5001",
                     options.server
                 ),
             })?;

@@ -35,7 +35,7 @@ pub(crate) enum OpaqueError {
     /// distinguish the two.
     #[error("wrong username or password")]
     WrongPassword,
-    #[error("the server's answer is no OPAQUE message")]
+    #[error("the server's answer is not an OPAQUE message")]
     Malformed,
 }
 

@@ -213,9 +213,9 @@ pub enum Ignored {
     LifetimeOver,
     #[error("a change to the group that came after another one for the same epoch")]
     OldCommit,
-    #[error("we are not in the group any more")]
+    #[error("this account is no longer a member of the group")]
     NoLongerMember,
-    #[error("the departure of a person who is not in the group any more")]
+    #[error("the departure of a person who had left the group before")]
     AlreadyLeft,
     #[error("from before we joined the group")]
     BeforeJoining,

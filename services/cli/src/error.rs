@@ -256,7 +256,7 @@ fn session_ended() -> CliError {
 
 fn refused(refusal: &qpq_client::ServerError) -> CliError {
     if refusal.code == "group.not_member" {
-        let message = "you are not a member of the group any more";
+        let message = "you are no longer a member of the group";
         return CliError::new(Exit::Failure, "client.not_a_member", message)
             .hint("ask an admin of the group to invite you again");
     }

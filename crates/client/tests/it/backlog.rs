@@ -44,7 +44,7 @@ async fn chat(messenger: &Messenger, conversation: ConversationId) -> Vec<(Strin
 #[tokio::test]
 async fn two_clients_with_large_outboxes_read_each_other_while_sending() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
     for (messenger, conversation, name) in [(&alice, with_bob, "alice"), (&bob, with_alice, "bob")]
     {
@@ -79,7 +79,7 @@ async fn a_client_that_may_send_little_at_a_time_still_reads() {
     let limited =
         load::<Config>(Sources { flags: vec![limit], ..Sources::default() }).unwrap().settings;
     let server = Server::start_with(|config| config.limits = limited.limits).await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
     alice.queue_all(with_bob, texts("alice").take(60).collect()).await.unwrap();
     let mut listener = alice.listen();
@@ -100,7 +100,7 @@ async fn a_client_that_may_send_little_at_a_time_still_reads() {
 #[tokio::test]
 async fn a_backlog_is_sent_up_to_the_given_message() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let entries = alice.queue_all(with_bob, texts("alice").take(40).collect()).await.unwrap();
     alice.flush_until(entries[19]).await.unwrap();
@@ -119,7 +119,7 @@ async fn a_backlog_is_sent_up_to_the_given_message() {
 #[tokio::test]
 async fn many_texts_are_saved_all_or_none() {
     let server = Server::start().await;
-    let (alice, _bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, _bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let texts = vec!["short".to_owned(), "x".repeat(MAX_TEXT + 1)];
     let refused = alice.queue_all(with_bob, texts).await.unwrap_err();

@@ -10,7 +10,7 @@ use crate::harness::{Server, accept_and_read, dm, history, line, read, soon, use
 #[tokio::test]
 async fn two_people_chat_both_ways() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let sent = alice.send(with_bob, "hello Bob").await.unwrap();
     assert!(matches!(sent.outcome, SendOutcome::Sent), "{sent:?}");
@@ -52,8 +52,7 @@ async fn messages_to_an_offline_user_wait() {
 #[tokio::test]
 async fn a_member_reads_the_messages_between_its_addition_and_its_removal() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = alice.create_group("friends").await.unwrap();
     alice.add(group, &username("bob")).await.unwrap();
     alice.send(group, "before Carol").await.unwrap();
@@ -89,7 +88,7 @@ async fn a_member_reads_the_messages_between_its_addition_and_its_removal() {
 #[tokio::test]
 async fn simultaneous_first_messages_yield_one_conversation() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
     alice.send(with_bob, "a1").await.unwrap();
     bob.send(with_alice, "b1").await.unwrap();
@@ -106,7 +105,7 @@ async fn simultaneous_first_messages_yield_one_conversation() {
 #[tokio::test]
 async fn unsendable_texts_are_refused_with_the_reason() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let refused = alice.send(with_bob, &"x".repeat(MAX_TEXT + 1)).await.unwrap_err();
     assert_eq!(refused.to_string(), "a message has at most 65536 bytes, this one has 65537");
@@ -150,7 +149,7 @@ async fn a_user_without_key_packages_cannot_be_reached_yet() {
 #[tokio::test]
 async fn key_packages_are_filled_up_when_few_are_left() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let count =
         || bob.client().call::<methods::CountKeyPackages>(v1::CountKeyPackagesRequest::default());
     let left = count().await.unwrap();
@@ -171,7 +170,7 @@ async fn key_packages_are_filled_up_when_few_are_left() {
 #[tokio::test]
 async fn a_listener_receives_new_entries_across_a_restart_of_the_server() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "before").await.unwrap();
     let mut listener = bob.listen();
@@ -190,7 +189,7 @@ async fn a_listener_receives_new_entries_across_a_restart_of_the_server() {
 #[tokio::test]
 async fn a_listener_outlives_a_drain() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let mut listener = bob.listen();
     soon(server.drain()).await;
@@ -203,7 +202,7 @@ async fn a_listener_outlives_a_drain() {
 #[tokio::test]
 async fn a_refused_message_is_reported_and_delays_no_other() {
     let server = Server::start_with(|config| config.delivery.max_payload.0 = 4096).await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let large = "x".repeat(5000);
     let sent = alice.send(with_bob, &large).await.unwrap();
@@ -231,7 +230,7 @@ async fn a_listener_ends_with_the_session() {
 #[tokio::test]
 async fn messages_written_while_the_server_is_down_are_sent_later() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "one").await.unwrap();
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
@@ -266,7 +265,7 @@ async fn messages_for_a_full_inbox_are_sent_later_in_order() {
         config.delivery.sender_share = 1;
     })
     .await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let mut outcomes = Vec::new();
     for n in 0..4 {
@@ -290,7 +289,7 @@ async fn messages_for_a_full_inbox_are_sent_later_in_order() {
 #[tokio::test]
 async fn several_streams_of_one_profile_each_have_every_message_once() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let mut streams = [bob.listen(), bob.listen(), bob.listen()];
     alice.send(with_bob, "first").await.unwrap();

@@ -14,7 +14,7 @@ const MANY: usize = 500;
 #[tokio::test]
 async fn a_crash_while_receiving_loses_and_doubles_nothing() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let with_alice = dm(&bob, "alice").await;
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
@@ -40,7 +40,7 @@ async fn a_crash_while_receiving_loses_and_doubles_nothing() {
 #[tokio::test]
 async fn a_crash_while_sending_loses_and_doubles_nothing() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let with_alice = dm(&bob, "alice").await;
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
@@ -70,7 +70,7 @@ async fn a_crash_while_sending_loses_and_doubles_nothing() {
 #[tokio::test]
 async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     let with_alice = dm(&bob, "alice").await;
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
@@ -97,7 +97,7 @@ async fn a_crash_while_working_off_a_backlog_loses_and_doubles_nothing() {
 #[tokio::test]
 async fn after_a_crash_while_creating_a_group_creator_and_member_agree() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
     drop(alice);
     for polls in 1..MANY {

@@ -34,8 +34,7 @@ async fn names(user: &Messenger, group: Conversation) -> Vec<String> {
 #[tokio::test]
 async fn only_admins_change_a_group() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let bobs = bob.profile().identity;
     let alices = alice.profile().identity;
@@ -74,8 +73,7 @@ async fn messages_of_a_removed_member_with_old_keys_are_shown_as_unreadable() {
     const REFUSED: &str =
         "unreadable of carol: it arrived after its sender's device had been removed from the group";
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob, &carol]).await;
     read(&bob).await;
     carol.send(group, "before the removal").await.unwrap();
@@ -97,9 +95,8 @@ async fn messages_of_a_removed_member_with_old_keys_are_shown_as_unreadable() {
 #[tokio::test]
 async fn concurrent_changes_of_several_admins_all_take_effect() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
-    let guests = [server.user("dave").await, server.user("eve").await, server.user("frank").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
+    let guests = server.users(["dave", "eve", "frank"]).await;
     let group = group_of(&[&alice, &bob, &carol]).await;
     for admin in [&bob, &carol] {
         alice.set_role(group, admin.profile().identity, Role::Admin).await.unwrap();
@@ -133,8 +130,7 @@ async fn concurrent_changes_of_several_admins_all_take_effect() {
 #[tokio::test]
 async fn a_change_takes_effect_once_after_a_crash_at_any_step() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
     let mut alice = alice;
@@ -168,8 +164,7 @@ async fn a_change_takes_effect_once_after_a_crash_at_any_step() {
 #[tokio::test]
 async fn a_device_joins_again_by_itself_and_the_other_members_see_the_rejoining() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob, &carol]).await;
     read(&bob).await;
     bob.rejoin(group).await.unwrap();
@@ -193,8 +188,7 @@ async fn a_device_joins_again_by_itself_and_the_other_members_see_the_rejoining(
 #[tokio::test]
 async fn a_restored_profile_that_missed_commits_joins_its_groups_again() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
     bob.send(group, "before").await.unwrap();
@@ -231,8 +225,7 @@ async fn a_restored_profile_that_missed_commits_joins_its_groups_again() {
 #[tokio::test]
 async fn garbage_that_the_server_accepted_as_a_commit_does_not_block_later_ones() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let Conversation::Group(id) = group else { panic!("{group:?}") };
     let (channel, _) = bob.group_state(id).await.unwrap();
@@ -259,8 +252,7 @@ async fn garbage_that_the_server_accepted_as_a_commit_does_not_block_later_ones(
 #[tokio::test]
 async fn a_key_rotation_renews_each_members_keys_once() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob, &carol]).await;
     alice.rotate_keys(group, "a laptop was stolen").await.unwrap();
     let later = |secs| SystemClock.now().plus(Duration::from_secs(secs));
@@ -291,7 +283,7 @@ async fn epoch(user: &Messenger, group: Conversation) -> u64 {
 #[tokio::test]
 async fn a_change_that_the_server_cannot_accept_now_takes_effect_later() {
     let mut server = Server::start().await;
-    let [alice, bob] = [server.user("alice").await, server.user("bob").await];
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hi").await.unwrap();
@@ -317,8 +309,7 @@ async fn a_change_that_the_server_cannot_accept_now_takes_effect_later() {
 #[tokio::test]
 async fn groups_continue_after_the_server_went_back_in_time() {
     let mut server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = group_of(&[&alice, &bob]).await;
     let profiles = [("alice", &alice), ("bob", &bob), ("carol", &carol)];
     let mut keys = Vec::new();

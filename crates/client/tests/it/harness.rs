@@ -108,6 +108,15 @@ impl Server {
             .await
             .unwrap()
     }
+
+    /// Registers an account under each of the names, one after another.
+    pub(crate) async fn users<const N: usize>(&self, names: [&str; N]) -> [Messenger; N] {
+        let mut users = Vec::with_capacity(N);
+        for name in names {
+            users.push(self.user(name).await);
+        }
+        users.try_into().unwrap()
+    }
 }
 
 /// Copies a directory of files.

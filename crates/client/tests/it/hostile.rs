@@ -21,7 +21,7 @@ async fn drain(messenger: &Messenger) -> Vec<v1::Envelope> {
 #[tokio::test]
 async fn unreadable_bytes_are_shown_as_unreadable_and_acknowledged() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     alice.send(dm(&alice, "bob").await, "before").await.unwrap();
     for rubbish in [&b""[..], b"rubbish", &[0; 100], &[0xff; 5000]] {
         enqueue(alice.client(), &bob, rubbish).await;
@@ -40,7 +40,7 @@ async fn unreadable_bytes_are_shown_as_unreadable_and_acknowledged() {
 #[tokio::test]
 async fn each_of_reordered_and_duplicated_messages_is_shown_once() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     for text in ["one", "two", "three"] {
         alice.send(with_bob, text).await.unwrap();
@@ -61,7 +61,7 @@ async fn each_of_reordered_and_duplicated_messages_is_shown_once() {
 #[tokio::test]
 async fn a_claimed_name_of_another_account_is_refuted() {
     let server = Server::start().await;
-    let (_alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [_alice, bob] = server.users(["alice", "bob"]).await;
     let mallory = server.client();
     let identity = Identity::generate();
     mallory.register(&username("mallory"), &password(), &identity, None).await.unwrap();

@@ -92,7 +92,7 @@ struct World {
 impl World {
     async fn new(seed: u64) -> Self {
         let server = Server::start().await;
-        let users = [server.user(NAMES[0]).await, server.user(NAMES[1]).await];
+        let users = server.users(NAMES).await;
         let sides =
             [Side::new(&server, 0, &users[0]).await, Side::new(&server, 1, &users[1]).await];
         // Each side has the only handle to its profile.

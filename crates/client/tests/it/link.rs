@@ -68,8 +68,7 @@ async fn devices_in(messenger: &Messenger, group: ConversationId, person: &str) 
 #[tokio::test]
 async fn a_linked_device_shows_every_message_once_and_sends_as_the_account() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "before").await.unwrap();
     let with_alice = dm(&bob, "alice").await;
@@ -133,7 +132,7 @@ async fn a_linked_device_shows_every_message_once_and_sends_as_the_account() {
 #[tokio::test]
 async fn a_linked_device_continues_after_it_was_closed() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
     read(&bob).await;
@@ -249,7 +248,7 @@ async fn a_request_with_an_invalid_signature_does_not_wait() {
 #[tokio::test]
 async fn two_devices_are_linked_at_the_same_time() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
     read(&bob).await;
@@ -304,7 +303,7 @@ async fn a_link_that_was_interrupted_is_repeated_and_its_device_revoked() {
 #[tokio::test]
 async fn a_crash_of_the_new_device_leaves_no_profile_or_a_complete_one() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
     read(&bob).await;
@@ -335,7 +334,7 @@ async fn a_crash_of_the_new_device_leaves_no_profile_or_a_complete_one() {
 #[tokio::test]
 async fn a_revoked_device_neither_reads_nor_is_written_to() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let group = alice.create_group("friends").await.unwrap();
     alice.add(group, &username("bob")).await.unwrap();
     accept_and_read(&bob).await;
@@ -406,8 +405,7 @@ async fn a_seventeenth_device_is_refused_until_another_is_revoked() {
 #[tokio::test]
 async fn a_linked_device_is_an_admin_where_its_account_is() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = alice.create_group("friends").await.unwrap();
     alice.add(group, &username("bob")).await.unwrap();
     accept_and_read(&bob).await;
@@ -426,7 +424,7 @@ async fn a_linked_device_is_an_admin_where_its_account_is() {
 #[tokio::test]
 async fn a_group_that_the_server_does_not_know_yet_is_joined_with_its_first_commit() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let group = alice.create_group("plans").await.unwrap();
     let laptop = server.linked(&alice, "laptop").await;
     assert!(read(&laptop).await.is_empty(), "it is not an error");
@@ -444,7 +442,7 @@ async fn a_group_that_the_server_does_not_know_yet_is_joined_with_its_first_comm
 #[tokio::test]
 async fn a_device_that_was_killed_before_it_joined_joins_when_it_is_opened() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
     read(&bob).await;
@@ -553,8 +551,7 @@ async fn removals(messenger: &Messenger) -> Vec<(Option<String>, String)> {
 #[tokio::test]
 async fn members_see_who_left_and_who_was_removed_by_which_member() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let laptop = server.linked(&alice, "laptop").await;
     let group = bob.create_group("friends").await.unwrap();
     for name in ["alice", "carol"] {

@@ -63,7 +63,7 @@ async fn unlocking_ends_the_previous_session_and_logout_ends_the_current_one() {
 #[tokio::test]
 async fn a_profile_is_used_by_several_processes() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (dir, key) = (server.profile("alice"), alice.vault_key().await);
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "first").await.unwrap();
@@ -116,7 +116,7 @@ async fn registering_over_a_profile_and_unlocking_a_missing_one_are_refused() {
 #[tokio::test]
 async fn files_on_disk_reveal_no_secret_and_no_text() {
     let server = Server::start().await;
-    let (alice, _bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, _bob] = server.users(["alice", "bob"]).await;
     alice.send(dm(&alice, "bob").await, "a very secret sentence").await.unwrap();
     let token = alice.client().session().unwrap();
     let mut files = 0;

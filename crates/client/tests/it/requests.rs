@@ -73,7 +73,7 @@ async fn messages_to_a_waiting_group_are_shown_after_the_group_is_accepted() {
 #[tokio::test]
 async fn sixty_groups_of_a_stranger_cost_a_bounded_number_of_bytes() {
     let server = Server::start().await;
-    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let [bob, mallory] = server.users(["bob", "mallory"]).await;
     let mut sizes = vec![bytes(&server, "bob")];
     for round in 0..3 {
         // As many groups as there are KeyPackages: each time the stock is filled up.
@@ -105,7 +105,7 @@ async fn sixty_groups_of_a_stranger_cost_a_bounded_number_of_bytes() {
 #[tokio::test]
 async fn a_declined_request_leaves_nothing_and_its_key_package_is_replaced() {
     let server = Server::start().await;
-    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let [bob, mallory] = server.users(["bob", "mallory"]).await;
     let group = mallory.create_group("offer").await.unwrap();
     mallory.add(group, &username("bob")).await.unwrap();
     for _ in 0..10 {
@@ -158,7 +158,7 @@ async fn people_one_wrote_to_compared_with_or_added_are_not_strangers() {
 #[tokio::test]
 async fn a_crash_leaves_a_request_or_a_group_and_never_both_or_neither() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (dir, key) = (server.profile("bob"), bob.vault_key().await);
     drop(bob);
     invite(&alice, "bob").await;
@@ -195,7 +195,7 @@ async fn a_crash_leaves_a_request_or_a_group_and_never_both_or_neither() {
 #[tokio::test]
 async fn a_request_is_accepted_after_the_key_packages_were_replaced() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     invite(&alice, "bob").await;
     assert_eq!(read(&bob).await, ["alice asks for offer"]);
     // A store that went back makes the client replace its KeyPackages.
@@ -209,7 +209,7 @@ async fn a_request_is_accepted_after_the_key_packages_were_replaced() {
 #[tokio::test]
 async fn two_processes_of_a_profile_accept_a_request_once() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let other = reopen(&server.profile("bob"), &bob.vault_key().await).await;
     invite(&alice, "bob").await;
     assert_eq!(read(&bob).await, ["alice asks for offer"]);

@@ -1,6 +1,6 @@
 //! Stores that go back in time: the server's, as when a backup is restored, and the profile's own.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use qpq_client::{Event, Messenger, VaultKey, methods, v1};
 
@@ -9,7 +9,7 @@ use crate::harness::{Server, accept_and_read, copy_dir, dm, history, read, reope
 #[tokio::test]
 async fn messages_after_a_restore_of_the_server_are_shown_and_the_restore_is_reported() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
     assert_eq!(read(&bob).await, ["alice: hello"]);
@@ -34,7 +34,7 @@ async fn messages_after_a_restore_of_the_server_are_shown_and_the_restore_is_rep
 #[tokio::test]
 async fn messages_repeated_by_a_restored_server_are_shown_once() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
     alice.send(with_bob, "queued when the backup was made").await.unwrap();
     let night = server.copy_data().await;
@@ -61,21 +61,30 @@ async fn closed(messenger: Messenger) -> VaultKey {
     key
 }
 
+/// Copies a profile's directory while no process uses it. Returns the profile, opened again, its
+/// key, and the path of the copy.
+async fn copied(
+    server: &Server,
+    name: &str,
+    messenger: Messenger,
+) -> (Messenger, VaultKey, PathBuf) {
+    let dir = server.profile(name);
+    let key = closed(messenger).await;
+    let copy = dir.with_extension("night");
+    copy_dir(&dir, &copy);
+    (reopen(&dir, &key).await, key, copy)
+}
+
 #[tokio::test]
 async fn messages_of_a_restored_profile_are_shown() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let (with_bob, with_alice) = (dm(&alice, "bob").await, dm(&bob, "alice").await);
     let group = bob.create_group("friends").await.unwrap();
     bob.add(group, &username("alice")).await.unwrap();
     alice.send(with_bob, "hello").await.unwrap();
     accept_and_read(&alice).await;
-    let dir = server.profile("alice");
-    let key = closed(alice).await;
-    let night = tempfile::tempdir().unwrap();
-    let copy = night.path().join("alice");
-    copy_dir(&dir, &copy);
-    let alice = reopen(&dir, &key).await;
+    let (alice, key, copy) = copied(&server, "alice", alice).await;
     for number in 0..3 {
         alice.send(with_bob, &format!("day {number}")).await.unwrap();
         alice.send(group, &format!("day {number} to friends")).await.unwrap();
@@ -86,7 +95,7 @@ async fn messages_of_a_restored_profile_are_shown() {
     // First without reading the inbox before sending, then after reading it.
     for looks in [false, true] {
         put_back(&server, "alice", &copy);
-        let alice = reopen(&dir, &key).await;
+        let alice = reopen(&server.profile("alice"), &key).await;
         if looks {
             let entries = alice.receive().await.unwrap();
             assert!(entries.iter().any(|entry| entry.event == Event::Restored), "{entries:?}");
@@ -116,14 +125,10 @@ async fn messages_of_a_restored_profile_are_shown() {
 #[tokio::test]
 async fn a_restored_profile_that_writes_offline_is_noticed_and_its_texts_are_readable() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
-    let dir = server.profile("alice");
-    let key = closed(alice).await;
-    let copy = dir.with_extension("night");
-    copy_dir(&dir, &copy);
-    let alice = reopen(&dir, &key).await;
+    let (alice, key, copy) = copied(&server, "alice", alice).await;
     for number in 0..3 {
         alice.send(with_bob, &format!("day {number}")).await.unwrap();
     }
@@ -132,7 +137,7 @@ async fn a_restored_profile_that_writes_offline_is_noticed_and_its_texts_are_rea
 
     put_back(&server, "alice", &copy);
     server.stop().await;
-    let alice = reopen(&dir, &key).await;
+    let alice = reopen(&server.profile("alice"), &key).await;
     for number in 0..5 {
         alice.queue(with_bob, &format!("offline {number}")).await.unwrap();
     }
@@ -142,22 +147,18 @@ async fn a_restored_profile_that_writes_offline_is_noticed_and_its_texts_are_rea
     assert_eq!(read(&bob).await, expected);
     // The next process of the same state finds its own marker.
     closed(alice).await;
-    let alice = reopen(&dir, &key).await;
+    let alice = reopen(&server.profile("alice"), &key).await;
     assert!(read(&alice).await.is_empty());
 }
 
 #[tokio::test]
 async fn a_restored_profile_that_only_sends_replaces_its_key_packages() {
     let server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let carol = server.user("carol").await;
     let with_bob = dm(&alice, "bob").await;
     alice.send(with_bob, "hello").await.unwrap();
-    let dir = server.profile("alice");
-    let key = closed(alice).await;
-    let copy = dir.with_extension("night");
-    copy_dir(&dir, &copy);
-    let alice = reopen(&dir, &key).await;
+    let (alice, key, copy) = copied(&server, "alice", alice).await;
     for _ in 0..20 {
         let request = v1::FetchKeyPackageRequest {
             identity_key: alice.profile().identity.as_bytes().to_vec().into(),
@@ -172,7 +173,7 @@ async fn a_restored_profile_that_only_sends_replaces_its_key_packages() {
     closed(alice).await;
 
     put_back(&server, "alice", &copy);
-    let alice = reopen(&dir, &key).await;
+    let alice = reopen(&server.profile("alice"), &key).await;
     alice.send(with_bob, "next day").await.unwrap();
     carol.send(dm(&carol, "alice").await, "hi").await.unwrap();
     let shown = accept_and_read(&alice).await;
@@ -182,7 +183,7 @@ async fn a_restored_profile_that_only_sends_replaces_its_key_packages() {
 #[tokio::test]
 async fn a_first_message_that_cannot_be_read_is_shown_as_unreadable_and_repeated() {
     let mut server = Server::start().await;
-    let (alice, bob) = (server.user("alice").await, server.user("bob").await);
+    let [alice, bob] = server.users(["alice", "bob"]).await;
     let night = server.copy_data().await;
     let carol = server.user("carol").await;
     // The package that carol uses up is issued again after the restore.

@@ -25,7 +25,7 @@ async fn invite(creator: &Messenger, guest: &str, name: &str) {
 #[tokio::test]
 async fn messages_of_a_blocked_person_leave_nothing() {
     let server = Server::start().await;
-    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let [bob, mallory] = server.users(["bob", "mallory"]).await;
     mallory.send(dm(&mallory, "bob").await, "hello").await.unwrap();
     assert_eq!(read(&bob).await, ["mallory: hello"]);
     let blocked = bob.block(mallory.profile().identity).await.unwrap();
@@ -54,8 +54,7 @@ async fn messages_of_a_blocked_person_leave_nothing() {
 #[tokio::test]
 async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
     let server = Server::start().await;
-    let [alice, bob, mallory] =
-        [server.user("alice").await, server.user("bob").await, server.user("mallory").await];
+    let [alice, bob, mallory] = server.users(["alice", "bob", "mallory"]).await;
     let group = alice.create_group("friends").await.unwrap();
     for name in ["bob", "mallory"] {
         alice.add(group, &username(name)).await.unwrap();
@@ -92,7 +91,7 @@ async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
 #[tokio::test]
 async fn nothing_is_sent_to_a_blocked_person() {
     let server = Server::start().await;
-    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let [bob, mallory] = server.users(["bob", "mallory"]).await;
     let with_mallory = dm(&bob, "mallory").await;
     let group = bob.create_group("friends").await.unwrap();
     bob.block(mallory.profile().identity).await.unwrap();
@@ -110,8 +109,7 @@ async fn nothing_is_sent_to_a_blocked_person() {
 #[tokio::test]
 async fn a_member_who_leaves_is_removed_for_all_and_receives_nothing_more() {
     let server = Server::start().await;
-    let [alice, bob, carol] =
-        [server.user("alice").await, server.user("bob").await, server.user("carol").await];
+    let [alice, bob, carol] = server.users(["alice", "bob", "carol"]).await;
     let group = alice.create_group("friends").await.unwrap();
     for name in ["bob", "carol"] {
         alice.add(group, &username(name)).await.unwrap();

@@ -244,6 +244,14 @@ pub(crate) fn options(config: &Config) -> Result<PgConnectOptions, ConnectError>
         ("lock_timeout", timeout.as_str()),
         ("idle_in_transaction_session_timeout", timeout.as_str()),
         ("timezone", "UTC"),
+        // Each statement is planned once on a connection, without its parameters. Planning takes
+        // several times as long as execution (docs/decisions/0019).
+        ("plan_cache_mode", "force_generic_plan"),
+        // Such a plan may be from a time when the tables were empty, so it must use indexes. A scan
+        // of a table without a usable index is still possible; its cost is then so high that the
+        // plan would be compiled.
+        ("enable_seqscan", "off"),
+        ("jit", "off"),
     ]))
 }
 

@@ -127,7 +127,7 @@ impl Primary {
             // The Sentinel has not noticed the failover yet.
             _ => Err((
                 ErrorKind::Server(ServerErrorKind::MasterDown),
-                "the node that the Sentinel names is no primary",
+                "the node that the Sentinel names is not a primary",
             )
                 .into()),
         }

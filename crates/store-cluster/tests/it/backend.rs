@@ -262,6 +262,10 @@ impl Clusters {
 }
 
 impl<R> Clusters<R> {
+    pub(crate) fn servers(&self) -> &Servers<R> {
+        &self.servers
+    }
+
     /// Creates clusters that the first device marks.
     pub(crate) const fn on(servers: Arc<Servers<R>>) -> Self {
         Self { servers, are_marked: false }

@@ -12,6 +12,7 @@ mod history;
 mod metrics;
 mod payloads;
 mod people;
+mod plans;
 mod sessions;
 mod skeletons;
 mod start;

@@ -172,7 +172,7 @@ pub(crate) async fn resolve(
     if matching(&conversations, name).is_empty() {
         let user = user.map_err(|error| {
             CliError::usage(format_args!(
-                "{} is no group of yours and cannot be a user: {error}",
+                "{} is not one of your groups and cannot be a username: {error}",
                 text::line(name)
             ))
         })?;
