@@ -294,10 +294,10 @@ methods! {
     /// Removes the recovery bundle.
     752 DeleteRecoveryBundle(DeleteRecoveryBundleRequest) -> DeleteRecoveryBundleResponse, Fresh, Recovery, Standard, Small, Idempotent, later;
 
-    /// Publishes the caller's direct endpoint for a limited time.
-    800 PublishEndpoint(PublishEndpointRequest) -> PublishEndpointResponse, Session, Endpoint, Standard, Medium, Idempotent, later;
+    /// Publishes the caller's direct endpoint for a limited time, or removes it.
+    800 PublishEndpoint(PublishEndpointRequest) -> PublishEndpointResponse, Session, Endpoint, Standard, Medium, Idempotent, served;
     /// Returns the direct endpoint of an account.
-    801 ResolveEndpoint(ResolveEndpointRequest) -> ResolveEndpointResponse, Session, Endpoint, Standard, Small, Idempotent, later;
+    801 ResolveEndpoint(ResolveEndpointRequest) -> ResolveEndpointResponse, Session, Endpoint, Standard, Small, Idempotent, served;
     /// Returns the state of the server and the key that verifies its delivery proofs.
     802 Health(HealthRequest) -> HealthResponse, Anonymous, Health, Health, Small, Idempotent, served;
 

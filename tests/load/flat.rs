@@ -10,7 +10,9 @@ use qpq_domain::{
     ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq, StoreLimits,
     UnixMillis, Username,
 };
-use qpq_ports::{Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, View};
+use qpq_ports::{
+    Admission, Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, View,
+};
 use qpq_store_embedded::EmbeddedStore;
 use sha2::{Digest as _, Sha256};
 
@@ -54,6 +56,7 @@ impl Subject {
                             username: Username::parse(&format!("user-{i}"))?,
                             identity: identity(i),
                             opaque_record: vec![1; 192],
+                            admission: Admission::Open,
                             now: NOW,
                         })
                         .await?;

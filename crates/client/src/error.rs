@@ -200,6 +200,15 @@ pub enum AuthError {
     /// Registration: another account has the key.
     #[error("the identity key is already registered")]
     IdentityTaken,
+    /// Registration: the server accepts new accounts only with an invite.
+    #[error("a new account on this server needs an invite")]
+    InviteRequired,
+    /// Registration: the invite is wrong, used up, expired, or for another username.
+    #[error("the invite is wrong, used up or expired")]
+    InviteInvalid,
+    /// Registration: the server accepts no new accounts.
+    #[error("the server accepts no new accounts")]
+    RegistrationClosed,
     /// Login: an administrator has banned the account.
     #[error("the account is banned")]
     Banned,
@@ -218,6 +227,9 @@ impl AuthError {
             Some("auth.failed") => Self::WrongPassword,
             Some("auth.username_taken") => Self::UsernameTaken,
             Some("auth.identity_taken") => Self::IdentityTaken,
+            Some("auth.invite_required") => Self::InviteRequired,
+            Some("auth.invite_invalid") => Self::InviteInvalid,
+            Some("auth.registration_closed") => Self::RegistrationClosed,
             Some("auth.banned") => Self::Banned,
             _ => Self::Call(error),
         }

@@ -12,6 +12,7 @@ mod device;
 mod group;
 mod identity;
 mod ids;
+mod invite;
 mod limits;
 mod lookalike;
 mod session;
@@ -27,7 +28,11 @@ pub use group::{
 };
 pub use identity::{IdentityKey, InvalidIdentity};
 pub use ids::{AccountId, ChannelId, DeviceId, GroupId, MessageId, Seq, StoreId, WrongLength};
-pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, StoreLimits};
+pub use invite::{
+    InvalidInviteCode, InvalidInviteId, InviteCode, InviteHash, InviteId, MAX_INVITE_NOTE,
+    MAX_INVITE_USES,
+};
+pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, MAX_ENDPOINT, StoreLimits};
 pub use lookalike::{Skeleton, UsernameScripts};
 pub use session::{SessionToken, TokenHash};
 pub use time::UnixMillis;

@@ -8,6 +8,9 @@ use std::time::Duration;
 /// The maximum number of recipients or messages in one BatchEnqueue.
 pub const MAX_BATCH: usize = 1_000;
 
+/// The maximum length of a published endpoint, in bytes.
+pub const MAX_ENDPOINT: usize = 4_096;
+
 /// The limits of messages and inboxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeliveryLimits {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, UnixMillis, Username};
+use qpq_domain::{AccountId, IdentityKey, InviteHash, UnixMillis, Username};
 
 use crate::StoreResult;
 
@@ -15,6 +15,10 @@ pub trait Accounts: Send + Sync {
     ///
     /// A username with the skeleton (UTS 39) of another account is taken too. Accounts that were
     /// registered before this rule keep their usernames, whatever their skeletons are.
+    ///
+    /// Uses the invite of [`NewAccount::admission`] in the same step, once for each account: a
+    /// refused or repeated registration uses nothing. An invite that is not valid is reported before
+    /// a taken username, so that usernames cannot be probed without an invite.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
     /// Returns the account and the OPAQUE record of a username, for a login.
@@ -36,8 +40,35 @@ pub struct NewAccount {
     pub identity: IdentityKey,
     /// The OPAQUE registration record (RFC 9807 §5), 192 bytes.
     pub opaque_record: Vec<u8>,
+    /// The condition of the registration.
+    pub admission: Admission,
     /// The instant of the call.
     pub now: UnixMillis,
+}
+
+/// The condition under which an account is registered.
+///
+/// An invite is valid if it has not expired, has a use left, and names the account's username or
+/// none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// The registration needs no invite.
+    Open,
+    /// The registration needs a valid invite.
+    Invite(InviteHash),
+    /// The registration needs a valid invite that names the account's username. With another valid
+    /// invite the username counts as taken.
+    NamedInvite(InviteHash),
+}
+
+impl Admission {
+    /// Returns the hash of the invite's code, if the registration needs an invite.
+    pub const fn invite(&self) -> Option<&InviteHash> {
+        match self {
+            Self::Open => None,
+            Self::Invite(code) | Self::NamedInvite(code) => Some(code),
+        }
+    }
 }
 
 impl fmt::Debug for NewAccount {
@@ -57,6 +88,8 @@ pub enum Registration {
     UsernameTaken,
     /// Another account has the identity key.
     IdentityTaken,
+    /// The invite is unknown, used up, expired, or names another username.
+    InviteInvalid,
 }
 
 /// The data of an account that a login with OPAQUE needs.

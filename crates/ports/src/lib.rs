@@ -18,9 +18,11 @@ mod clock;
 #[expect(missing_docs, reason = "the name of a rule states it")]
 pub mod conformance;
 mod devices;
+mod endpoints;
 mod error;
 mod groups;
 mod inboxes;
+mod invites;
 mod jobs;
 mod keys;
 mod limiter;
@@ -33,9 +35,10 @@ use async_trait::async_trait;
 use qpq_domain::{IdentityKey, StoreId, UnixMillis};
 
 pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
-pub use accounts::{Account, Accounts, Credentials, NewAccount, Registration};
+pub use accounts::{Account, Accounts, Admission, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
 pub use devices::{CertifiedKey, Device, DeviceRegistration, DeviceRevocation, Devices, NewDevice};
+pub use endpoints::{Endpoint, Endpoints};
 pub use error::{StoreError, StoreResult};
 pub use groups::{
     Commit, Creation, GroupInfo, GroupMessage, GroupRecipients, GroupRefusal, GroupSent, GroupView,
@@ -45,6 +48,7 @@ pub use inboxes::{
     Ack, Batch, CALL_BYTES, CALL_MESSAGES, Enqueued, Envelope, Inboxes, Lease, NewMessage, Page,
     PageLimit, ReadError, ReadQuery, Reader, Receipt, View, Wake, Wakes,
 };
+pub use invites::{EXPIRED_INVITES, Invite, InviteRevocation, Invites, NewInvite};
 pub use jobs::{
     Claim, ClaimRequest, ClaimState, DeadChange, DeadJob, Job, JobEnd, JobId, JobKind, JobStats,
     Jobs, NewJob,
@@ -61,6 +65,8 @@ pub use sessions::{NewSession, Session, Sessions};
 pub struct Stores {
     /// Accounts.
     pub accounts: Arc<dyn Accounts>,
+    /// Invites.
+    pub invites: Arc<dyn Invites>,
     /// Sessions.
     pub sessions: Arc<dyn Sessions>,
     /// Devices.
@@ -75,6 +81,8 @@ pub struct Stores {
     pub key_packages: Arc<dyn KeyPackages>,
     /// Hybrid keys.
     pub hybrid_keys: Arc<dyn HybridKeys>,
+    /// Direct endpoints of clients.
+    pub endpoints: Arc<dyn Endpoints>,
     /// Rate limits.
     pub limiter: Arc<dyn RateLimiter>,
     /// Account events between edges.
@@ -97,7 +105,8 @@ pub trait Maintenance: Send + Sync {
     /// Checks that the backend can commit now, by a durable write.
     async fn check(&self) -> StoreResult<()>;
 
-    /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages.
+    /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages,
+    /// and invites that have expired long ago.
     /// Removes at most one bounded batch of each, so that a call stays short. The caller repeats
     /// it.
     ///

@@ -46,6 +46,8 @@ pub enum Table {
     GroupCommit,
     /// Jobs.
     Job,
+    /// Invites.
+    Invite,
 }
 
 /// A column of a table.
@@ -86,7 +88,7 @@ pub type Row = Vec<Cell>;
 
 impl Table {
     /// All tables, in the order of the transfer.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -102,6 +104,7 @@ impl Table {
         Self::GroupMember,
         Self::GroupCommit,
         Self::Job,
+        Self::Invite,
     ];
 
     /// Returns the name of the table in the schemas.
@@ -122,6 +125,7 @@ impl Table {
             Self::GroupMember => "group_member",
             Self::GroupCommit => "group_commit",
             Self::Job => "job",
+            Self::Invite => "invite",
         }
     }
 
@@ -143,6 +147,7 @@ impl Table {
             Self::GroupMember => columns::GROUP_MEMBER,
             Self::GroupCommit => columns::GROUP_COMMIT,
             Self::Job => columns::JOB,
+            Self::Invite => columns::INVITE,
         }
     }
 

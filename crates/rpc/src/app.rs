@@ -11,7 +11,9 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{Choice, DeliveryLimits, KeyPackageLimits, UnixMillis, Username, UsernameScripts};
+use qpq_domain::{
+    Choice, DeliveryLimits, KeyPackageLimits, Skeleton, UnixMillis, Username, UsernameScripts,
+};
 use qpq_mls::key_package;
 use qpq_ports::{Clock, Stores};
 use qpq_proto::{LimitClass, LimitSubject};
@@ -61,9 +63,11 @@ pub struct Config {
     pub version: String,
     pub sessions: SessionLifetimes,
     pub identity_proof: IdentityProof,
+    /// The people who may register.
+    pub registration: RegistrationMode,
     /// The scripts that may be mixed in a new username.
     pub username_scripts: UsernameScripts,
-    /// The usernames of administrators.
+    /// The usernames of administrators. They are registered only with an invite that names them.
     pub admins: HashSet<Username>,
     pub limits: RateLimits,
     pub delivery: DeliveryLimits,
@@ -85,6 +89,7 @@ impl Default for Config {
             version: env!("CARGO_PKG_VERSION").into(),
             sessions: SessionLifetimes::default(),
             identity_proof: IdentityProof::Optional,
+            registration: RegistrationMode::Open,
             username_scripts: UsernameScripts::default(),
             admins: HashSet::new(),
             limits: RateLimits::default(),
@@ -112,6 +117,23 @@ impl Choice for IdentityProof {
         &[("optional", Self::Optional), ("required", Self::Required)];
 }
 
+/// The people who may register an account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum RegistrationMode {
+    #[default]
+    /// Everyone.
+    Open,
+    /// Those who have an invite.
+    Invite,
+    /// Nobody.
+    Closed,
+}
+
+impl Choice for RegistrationMode {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("open", Self::Open), ("invite", Self::Invite), ("closed", Self::Closed)];
+}
+
 /// The state that all handlers share.
 pub struct App {
     pub stores: Stores,
@@ -133,6 +155,8 @@ pub struct App {
     /// The account events for calls in progress.
     pub account_events: Arc<AccountEvents>,
     pub(crate) key_package_policy: key_package::Policy,
+    /// The skeletons of the usernames of administrators.
+    reserved: HashSet<Skeleton>,
     started_at: UnixMillis,
     draining: CancellationToken,
     /// The calls and subscriptions that have not reacted to the drain yet.
@@ -166,6 +190,7 @@ impl App {
                 max_bytes: config.key_packages.max_bytes,
                 ..key_package::Policy::default()
             },
+            reserved: config.admins.iter().map(Username::skeleton).collect(),
             draining,
             drain_observers: TaskTracker::new(),
             store_fails: AtomicBool::new(false),
@@ -175,6 +200,11 @@ impl App {
             signer,
             config,
         }
+    }
+
+    /// Returns whether the username is one of an administrator, or looks like one.
+    pub(crate) fn is_reserved(&self, username: &Username) -> bool {
+        !self.reserved.is_empty() && self.reserved.contains(&username.skeleton())
     }
 
     /// Returns the drain signal for a call or a subscription. Drop the signal after the reaction:

@@ -148,6 +148,14 @@ errors! {
         "The username, or one that looks like it, is taken. Choose another.";
     IdentityTaken => Forbidden "auth.identity_taken" DEBUG
         "The identity key already belongs to an account. Create a new one.";
+    RegistrationClosed => Forbidden "auth.registration_closed" DEBUG
+        "This server does not accept new accounts.";
+    InviteRequired => Forbidden "auth.invite_required" DEBUG
+        "A new account on this server needs an invite. Ask its operator for one.";
+    /// The invite is unknown, used up, expired, or for another username. Clients cannot distinguish
+    /// these cases.
+    InviteInvalid => Forbidden "auth.invite_invalid" DEBUG
+        "The invite is wrong, used up or expired. Check it, or ask the operator for another one.";
     /// A wrong password, an unknown username, no login in progress, or another account's key.
     /// Clients cannot distinguish these cases.
     LoginFailed => Unauthorized "auth.failed" DEBUG
@@ -290,6 +298,7 @@ impl Error {
             Self::MalformedOpaque(field) => Some(field),
             Self::InvalidUsername => Some("username"),
             Self::InvalidIdentityKey => Some("identity_key"),
+            Self::InviteRequired | Self::InviteInvalid => Some("invite"),
             Self::InvalidIdentityProof | Self::IdentityProofRequired => Some("identity_proof"),
             Self::InvalidHybridKey => Some("hybrid_public_key"),
             Self::InvalidHybridSignature => Some("signature"),

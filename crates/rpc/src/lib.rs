@@ -30,7 +30,7 @@ mod tokens;
 mod waiters;
 
 pub use answers::AnswerMemory;
-pub use app::{App, Config, IdentityProof, Parts};
+pub use app::{App, Config, IdentityProof, Parts, RegistrationMode};
 pub use auth::{Admin, Caller, FreshCaller, SessionLifetimes};
 pub use connection::{ClientConnection, Events};
 pub use dispatch::{Cx, Handled, Handler, Response};

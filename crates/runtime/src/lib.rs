@@ -3,7 +3,8 @@
 //!
 //! A binary uses the modules in this order: [`config`] reads the settings, [`log`], [`trace`] and
 //! [`metrics`] make the process observable, [`data_dir`] stores its secrets, [`lifecycle`] runs and
-//! ends its tasks, and [`http`] answers probes.
+//! ends its tasks, [`http`] answers probes, and [`service_manager`] receives the state of the
+//! process.
 
 pub mod config;
 pub mod data_dir;
@@ -11,4 +12,5 @@ pub mod http;
 pub mod lifecycle;
 pub mod log;
 pub mod metrics;
+pub mod service_manager;
 pub mod trace;

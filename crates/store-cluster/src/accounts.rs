@@ -5,12 +5,13 @@
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
 use qpq_ports::{
-    Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult,
+    Account, Accounts, Admission, Credentials, NewAccount, Registration, StoreError, StoreResult,
 };
 use sqlx::{PgConnection, postgres::PgRow};
 
 use crate::{
     ClusterStore,
+    invites::{self, ValidFor},
     postgres::{
         Repeat, Scope, Statement,
         row::{Columns as _, millis},
@@ -96,6 +97,9 @@ impl Statement for Register {
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Option<Registration>> {
         let Self { account: new, skeleton } = self;
+        if let Some(refusal) = refusal(connection, new).await? {
+            return Ok(Some(refusal));
+        }
         let inserted: Option<i64> = sqlx::query_scalar(INSERT)
             .bind(new.username.as_str())
             .bind(&new.identity.as_bytes()[..])
@@ -105,15 +109,14 @@ impl Statement for Register {
             .fetch_optional(&mut *connection)
             .await?;
         if let Some(id) = inserted {
+            if let Some(code) = new.admission.invite() {
+                invites::count_use(connection, code).await?;
+            }
             return Ok(Some(Registration::Registered(AccountId(id))));
         }
         // A separate statement, because it sees the row that the insert conflicts with.
         if let Some(stored) = find_credentials(connection, &new.username).await? {
-            let same = stored.identity == new.identity && stored.opaque_record == new.opaque_record;
-            return Ok(Some(match same {
-                true => Registration::Repeated(stored.account),
-                false => Registration::UsernameTaken,
-            }));
+            return Ok(Some(conflict(new, &stored)));
         }
         let taken: (bool, bool) = sqlx::query_as(TAKEN)
             .bind(skeleton.as_str())
@@ -125,6 +128,34 @@ impl Statement for Register {
             (false, true) => Some(Registration::IdentityTaken),
             (false, false) => None,
         })
+    }
+}
+
+/// Returns the refusal of a registration whose invite does not allow it. Locks a valid invite until
+/// the end of the transaction. A repeat of a registration needs no invite, since the registration
+/// may have used it up.
+async fn refusal(
+    connection: &mut PgConnection,
+    new: &NewAccount,
+) -> sqlx::Result<Option<Registration>> {
+    let Some(code) = new.admission.invite() else { return Ok(None) };
+    let valid = invites::lock_valid(connection, code, &new.username, new.now).await?;
+    let refusal = match (new.admission, valid) {
+        (_, None) => Registration::InviteInvalid,
+        (Admission::NamedInvite(_), Some(ValidFor::Any)) => Registration::UsernameTaken,
+        (_, Some(_)) => return Ok(None),
+    };
+    let stored = find_credentials(connection, &new.username).await?;
+    let repeat = stored.map(|stored| conflict(new, &stored));
+    Ok(Some(repeat.filter(|conflict| *conflict != Registration::UsernameTaken).unwrap_or(refusal)))
+}
+
+/// Returns the outcome of a registration with the username of a stored account.
+fn conflict(new: &NewAccount, stored: &Credentials) -> Registration {
+    if stored.identity == new.identity && stored.opaque_record == new.opaque_record {
+        Registration::Repeated(stored.account)
+    } else {
+        Registration::UsernameTaken
     }
 }
 

@@ -14,7 +14,9 @@ use std::{
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qpq_domain::{DeliveryLimits, IdentityKey, StoreId, TokenHash, UnixMillis};
-use qpq_ports::{Maintenance, NewHistory, OldSessions, StoreError, StoreResult, Swept};
+use qpq_ports::{
+    EXPIRED_INVITES, Maintenance, NewHistory, OldSessions, StoreError, StoreResult, Swept,
+};
 use redis::Cmd;
 use sqlx::PgConnection;
 use tokio::time::Instant;
@@ -26,10 +28,10 @@ use crate::{
     groups::FORGET_COMMITS,
     history::store_id,
     inboxes::{self, Absence, SWEEP, move_absent},
-    metrics as names,
+    invites, metrics as names,
     postgres::{
         Database, Repeat, Scope, Statement,
-        row::{Columns as _, millis, now_of},
+        row::{Columns as _, millis, millis_of, now_of},
     },
     sessions::tokens,
     store::Inner,
@@ -78,10 +80,11 @@ enum Expiring {
     Given,
     /// Remembered commits of groups.
     Commits,
+    Invites,
 }
 
 impl Expiring {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Messages,
         Self::Positions,
         Self::Ids,
@@ -89,6 +92,7 @@ impl Expiring {
         Self::Packages,
         Self::Given,
         Self::Commits,
+        Self::Invites,
     ];
 
     /// Returns the label in metrics.
@@ -101,6 +105,7 @@ impl Expiring {
             Self::Packages => "sweep_key_packages",
             Self::Given => "sweep_given_key_packages",
             Self::Commits => "sweep_commits",
+            Self::Invites => "sweep_invites",
         }
     }
 }
@@ -299,6 +304,10 @@ impl Statement for Sweep<'_> {
             Expiring::Packages => plain(PACKAGES).execute(connection).await?.rows_affected(),
             Expiring::Given => plain(GIVEN).execute(connection).await?.rows_affected(),
             Expiring::Commits => plain(FORGET_COMMITS).execute(connection).await?.rows_affected(),
+            Expiring::Invites => {
+                let query = plain(invites::SWEEP).bind(millis_of(EXPIRED_INVITES));
+                query.execute(connection).await?.rows_affected()
+            }
             Expiring::Sessions => {
                 let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
                 let rows = tokens.len() as u64;

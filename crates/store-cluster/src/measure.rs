@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreId, UnixMillis};
-use qpq_ports::{Envelope, NewAccount, NewMessage, PageLimit, StoreResult, View};
+use qpq_ports::{Admission, Envelope, NewAccount, NewMessage, PageLimit, StoreResult, View};
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
@@ -44,7 +44,13 @@ pub async fn inboxes(
         let username = qpq_domain::Username::parse(&format!("floor{n}")).expect("a username");
         stores
             .accounts
-            .register(NewAccount { username, identity, opaque_record: vec![0; 192], now })
+            .register(NewAccount {
+                username,
+                identity,
+                opaque_record: vec![0; 192],
+                admission: Admission::Open,
+                now,
+            })
             .await?;
         inboxes.push(identity);
     }

@@ -18,6 +18,7 @@ use crate::{
     groups::GroupSenders,
     history::History,
     inboxes::{Committers, Completers, Heads, Leases},
+    invites::InviteBook,
     jobs::JobQueue,
     maintenance::{self, SweepSizes},
     metrics,
@@ -142,6 +143,7 @@ impl ClusterStore {
         let store = Arc::new(self.clone());
         Stores {
             accounts: Arc::clone(&store) as _,
+            invites: Arc::new(InviteBook::new(self.inner.database.clone())),
             sessions: Arc::clone(&store) as _,
             devices: Arc::clone(&store) as _,
             groups: Arc::clone(&store) as _,
@@ -149,6 +151,7 @@ impl ClusterStore {
             wakes: Arc::clone(&store) as _,
             key_packages: Arc::clone(&store) as _,
             hybrid_keys: Arc::clone(&store) as _,
+            endpoints: Arc::clone(&store) as _,
             limiter: Arc::clone(&store) as _,
             account_events: Arc::clone(&store) as _,
             jobs: Arc::new(JobQueue::new(self.inner.database.clone())),

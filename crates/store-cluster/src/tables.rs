@@ -274,6 +274,19 @@ static TABLES: &[TableDescription] = &[
         ],
     },
     TableDescription {
+        name: "invite",
+        content: Content::Transferred(Table::Invite),
+        columns: &[
+            column("code", Role::Key),
+            value("uses"),
+            value("uses_left"),
+            value("username"),
+            value("note"),
+            value("created_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
         name: "payload",
         content: Content::Local,
         columns: &[local("id"), local("refs"), local("bytes")],

@@ -2,11 +2,12 @@
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
-use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
+use qpq_ports::{Account, Accounts, Admission, Credentials, NewAccount, Registration, StoreResult};
 use sqlx::{Connection as _, Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
     error::read_failed,
+    invites::{self, ValidFor},
     row::{Columns as _, millis},
     statement::{Done, SMALL, Statement},
     store::EmbeddedStore,
@@ -63,7 +64,8 @@ fn account(row: &SqliteRow) -> sqlx::Result<Account> {
     })
 }
 
-/// Inserts an account and its inbox, or finds the reason for a refusal.
+/// Inserts an account and its inbox, and counts the use of its invite, or finds the reason for a
+/// refusal.
 struct Register(NewAccount);
 
 impl Statement for Register {
@@ -75,8 +77,16 @@ impl Statement for Register {
     }
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Registration>> {
+        if let Some(refusal) = self.refusal(tx).await? {
+            return Ok(Done::keep(refusal));
+        }
         let registration = match self.insert(tx).await? {
-            Some(account) => Registration::Registered(account),
+            Some(account) => {
+                if let Some(code) = self.0.admission.invite() {
+                    invites::count_use(tx, code).await?;
+                }
+                Registration::Registered(account)
+            }
             None => self.conflict(tx).await?,
         };
         Ok(Done::keep(registration))
@@ -84,6 +94,26 @@ impl Statement for Register {
 }
 
 impl Register {
+    /// Returns the refusal of a registration whose invite does not allow it. A repeat of a
+    /// registration needs no invite, since the registration may have used it up.
+    async fn refusal(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<Registration>> {
+        let new = &self.0;
+        let Some(code) = new.admission.invite() else { return Ok(None) };
+        let valid = invites::find_valid(tx, code, &new.username, new.now).await?;
+        let refusal = match (new.admission, valid) {
+            (_, None) => Registration::InviteInvalid,
+            (Admission::NamedInvite(_), Some(ValidFor::Any)) => Registration::UsernameTaken,
+            (_, Some(_)) => return Ok(None),
+        };
+        Ok(Some(self.repeated(tx).await?.unwrap_or(refusal)))
+    }
+
+    /// Returns the account if this registration is a repeat.
+    async fn repeated(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<Registration>> {
+        let conflict = self.conflict(tx).await?;
+        Ok(matches!(conflict, Registration::Repeated(_)).then_some(conflict))
+    }
+
     async fn insert(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<AccountId>> {
         let new = &self.0;
         let inserted: Option<i64> = sqlx::query_scalar(

@@ -183,7 +183,7 @@ fn cells(row: &SqliteRow) -> sqlx::Result<Row> {
 #[cfg(test)]
 mod tests {
     use qpq_domain::{IdentityKey, StoreLimits, UnixMillis, Username};
-    use qpq_ports::NewAccount;
+    use qpq_ports::{Admission, NewAccount};
 
     use super::*;
     use crate::EmbeddedStore;
@@ -199,6 +199,7 @@ mod tests {
             username: Username::parse("alice").expect("a name"),
             identity: IdentityKey::new([1; 32]),
             opaque_record: vec![2; 192],
+            admission: Admission::Open,
             now: UnixMillis(3),
         };
         store.stores().accounts.register(account).await.expect("registered");

@@ -19,6 +19,7 @@ use crate::{
     error::read_failed,
     groups::send::SweepCommits,
     history::BeginHistory,
+    invites::SweepInvites,
     keys::SweepKeyPackages,
     messages::remove::{self, Removal, SWEEP_ROWS, Selection},
     sessions::SweepSessions,
@@ -55,9 +56,10 @@ impl Maintenance for EmbeddedStore {
         let key_packages = self.writer.run(SweepKeyPackages { now }).await?;
         let sessions = self.writer.run(SweepSessions { now }).await?;
         let commits = self.writer.run(SweepCommits { now }).await?;
+        let invites = self.writer.run(SweepInvites { now }).await?;
         let moved = self.move_absent(bounds).await?;
         Ok(Swept {
-            rows: messages + ids + key_packages + sessions + commits + moved.rows,
+            rows: messages + ids + key_packages + sessions + commits + invites + moved.rows,
             moved: moved.account.into_iter().collect(),
         })
     }

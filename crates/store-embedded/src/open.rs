@@ -16,7 +16,7 @@ use crate::{
     directory,
     files::{DATABASE_FILE, TRANSFERRED_FILE},
     jobs, maintenance,
-    memory::{History, Limiter, Memory},
+    memory::{EndpointTable, History, Limiter, Memory},
     metrics as names,
     open_error::{OpenError, failed},
     schema,
@@ -58,6 +58,7 @@ impl EmbeddedStore {
             readers,
             memory,
             limiter: Arc::new(Limiter::default()),
+            endpoints: Arc::new(EndpointTable::new()),
             damage: Arc::new(Damage::none()),
             limits,
         })

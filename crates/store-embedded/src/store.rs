@@ -9,7 +9,7 @@ use sqlx::SqlitePool;
 
 use crate::{
     damage::Damage,
-    memory::{Limiter, Memory},
+    memory::{EndpointTable, Limiter, Memory},
     writer::Writer,
 };
 
@@ -23,6 +23,7 @@ pub struct EmbeddedStore {
     pub(crate) readers: SqlitePool,
     pub(crate) memory: Arc<Memory>,
     pub(crate) limiter: Arc<Limiter>,
+    pub(crate) endpoints: Arc<EndpointTable>,
     pub(crate) damage: Arc<Damage>,
     pub(crate) limits: StoreLimits,
 }
@@ -33,6 +34,7 @@ impl EmbeddedStore {
         let store = Arc::new(self.clone());
         Stores {
             accounts: store.clone(),
+            invites: store.clone(),
             sessions: store.clone(),
             devices: store.clone(),
             groups: store.clone(),
@@ -40,6 +42,7 @@ impl EmbeddedStore {
             wakes: store.clone(),
             key_packages: store.clone(),
             hybrid_keys: store.clone(),
+            endpoints: store.clone(),
             limiter: store.clone(),
             account_events: Arc::new(SingleEdge),
             maintenance: store.clone(),

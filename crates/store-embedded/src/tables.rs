@@ -255,6 +255,19 @@ static TABLES: &[TableDescription] = &[
             value("last_error"),
         ],
     },
+    TableDescription {
+        name: "invite",
+        content: Content::Transferred { to: Table::Invite, key: 1 },
+        columns: &[
+            value("code"),
+            value("uses"),
+            value("uses_left"),
+            value("username"),
+            value("note"),
+            value("created_at"),
+            value("expires_at"),
+        ],
+    },
     // The rows of `payload` are moved as the payloads of their messages.
     TableDescription {
         name: "payload",

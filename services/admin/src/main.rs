@@ -12,6 +12,7 @@
 mod backup;
 mod clock;
 mod init;
+mod invite;
 mod jobs;
 mod migrate;
 mod migrate_to_cluster;
@@ -57,6 +58,8 @@ enum Command {
     Clock(clock::Args),
     /// Show the jobs of a single node or a cluster, and retry or remove those that failed.
     Jobs(jobs::Args),
+    /// Create, list and revoke invites, with which people register.
+    Invite(invite::Args),
     /// Create the files that all edges of a new cluster share: keys and a certificate.
     Init(init::Args),
     /// Bring the schema in the cluster's Postgres up to date. Run this before edges of a new
@@ -98,6 +101,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::MarkRestored(args) => backup::mark_restored(args),
         Command::Clock(args) => clock::run(args),
         Command::Jobs(args) => jobs::run(args),
+        Command::Invite(args) => invite::run(args),
         Command::Init(args) => init::run(args),
         Command::Migrate(args) => migrate::run(args),
         Command::MigrateToCluster(args) => migrate_to_cluster::run(args),

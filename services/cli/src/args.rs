@@ -135,8 +135,11 @@ pub(crate) enum Command {
     /// The server's certificate is pinned. Compare the fingerprint that is shown with
     /// the one that the server printed at its start, or give that one with --pin.
     ///
-    /// Example:
+    /// If the server needs an invite for a new account, its operator gives you the code.
+    ///
+    /// Examples:
     ///   qpq register alice --server 127.0.0.1:5001
+    ///   qpq register alice --server chat.example.org:5001 --invite CODE
     #[command(verbatim_doc_comment)]
     Register {
         /// 1 to 64 letters, digits and marks; case does not matter
@@ -144,6 +147,9 @@ pub(crate) enum Command {
         /// The name of this device, which others see
         #[arg(long, value_name = "NAME", default_value = FIRST_DEVICE, hide_default_value = true)]
         device: String,
+        /// The code of an invite, if the server needs one
+        #[arg(long, value_name = "CODE")]
+        invite: Option<String>,
     },
     /// Log in, until `qpq logout` or the next reboot
     ///

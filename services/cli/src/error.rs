@@ -207,6 +207,14 @@ impl From<AuthError> for CliError {
             }
             AuthError::IdentityTaken => Self::new(Exit::Failure, "auth.identity_taken", error)
                 .hint("register with a new profile (-p NAME)"),
+            AuthError::InviteRequired => Self::new(Exit::Failure, "auth.invite_required", error)
+                .hint("ask the server's operator for an invite, and give it with --invite CODE"),
+            AuthError::InviteInvalid => Self::new(Exit::Failure, "auth.invite_invalid", error)
+                .hint("check that the code is complete, or ask the operator for another invite"),
+            AuthError::RegistrationClosed => {
+                Self::new(Exit::Failure, "auth.registration_closed", error)
+                    .hint("ask the server's operator, or choose another server")
+            }
             AuthError::Banned => {
                 Self::new(Exit::Failure, "auth.banned", error).hint("ask the server's operator")
             }

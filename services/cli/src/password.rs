@@ -97,6 +97,12 @@ impl Source {
     }
 }
 
+/// Returns the code of an invite, which a person types unseen.
+pub(crate) async fn ask_for_invite() -> Result<String, CliError> {
+    let [code] = ask(["Invite code: "]).await?;
+    Ok(code.trim().to_owned())
+}
+
 fn checked(password: &str) -> Result<(), CliError> {
     if password.is_empty() {
         return Err(CliError::new(Exit::Failure, "client.password", "the password is empty")

@@ -138,6 +138,11 @@ impl<'a> Sections<'a> {
         })
     }
 
+    /// Returns whether no setting makes this server an edge.
+    pub(crate) fn is_single_node(&self) -> bool {
+        self.missing().len() == NEEDED
+    }
+
     fn missing(&self) -> Vec<&'static str> {
         let given = [
             ("postgres.url", self.postgres.url.is_some()),

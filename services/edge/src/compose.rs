@@ -1,6 +1,7 @@
 //! Starts and stops a server. The binary and the tests both use [`compose`].
 
 use std::{
+    collections::HashSet,
     future::Future,
     io,
     net::SocketAddr,
@@ -9,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use qpq_domain::Username;
+use qpq_ports::Accounts;
 use qpq_rpc::{Parts, Rpc};
 use qpq_runtime::{
     config::ListenOn,
@@ -16,6 +19,7 @@ use qpq_runtime::{
     http::{HttpError, HttpServer, Probe, Schedule},
     lifecycle::{TaskFailure, Tasks},
     metrics::{self, Metrics},
+    service_manager::ServiceManager,
 };
 use qpq_store_cluster::ConnectError;
 use qpq_store_embedded::OpenError;
@@ -52,11 +56,14 @@ pub struct Running {
     http: Option<SocketAddr>,
     certificates: Arc<Certificates>,
     certificate_created: Option<PathBuf>,
+    unregistered_admins: Vec<Username>,
     cluster_edge: Option<ClusterEdge>,
     store: Store,
     tasks: Tasks,
     /// Cancelled when the last job has ended. `None` until the server is composed.
     jobs_ended: Option<CancellationToken>,
+    /// The probe of liveness. `None` until the server is composed.
+    live: Option<Probe>,
     drain: Duration,
 }
 
@@ -123,6 +130,8 @@ pub async fn compose_with(
     // The first check, so that Health answers correctly from the first call on. A failure does not
     // prevent the start, because the probe reports it.
     let _ = rpc.check_store().await;
+    let accounts = &rpc.app().stores.accounts;
+    let unregistered_admins = unregistered(&rpc.app().config.admins, &**accounts).await;
     let transport = qpq_transport::Config { draining: draining.clone(), ..config.transport() };
     match listen(config, transport, &rpc, &certificates, cluster_edge.clone()).await {
         Ok((http, server)) => {
@@ -132,10 +141,12 @@ pub async fn compose_with(
                 http: http.as_ref().map(HttpServer::address),
                 certificates,
                 certificate_created,
+                unregistered_admins,
                 cluster_edge,
                 store,
                 tasks: Tasks::default(),
                 jobs_ended: None,
+                live: None,
                 drain: config.drain.timeout,
             };
             running.start_tasks(config, http, rpc, metrics, draining);
@@ -147,6 +158,26 @@ pub async fn compose_with(
             Err(error)
         }
     }
+}
+
+/// Returns the administrators without an account, in alphabetical order. Leaves out those whose
+/// accounts cannot be read now.
+async fn unregistered(admins: &HashSet<Username>, accounts: &dyn Accounts) -> Vec<Username> {
+    let mut unregistered = Vec::new();
+    for admin in admins {
+        if matches!(accounts.by_username(admin).await, Ok(None)) {
+            unregistered.push(admin.clone());
+        }
+    }
+    unregistered.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+    if !unregistered.is_empty() {
+        tracing::warn!(
+            unregistered = unregistered.len(),
+            "admin.usernames lists usernames without an account, which need an invite: run \
+             qpq-admin invite create --username NAME"
+        );
+    }
+    unregistered
 }
 
 /// Opens the ports. QUIC is last: once it is open, clients are served.
@@ -194,6 +225,18 @@ impl Running {
     /// Returns the path of a certificate that was created although the configuration names a file.
     pub fn certificate_created(&self) -> Option<&Path> {
         self.certificate_created.as_deref()
+    }
+
+    /// Returns the administrators that had no account when the server started.
+    pub fn unregistered_admins(&self) -> &[Username] {
+        &self.unregistered_admins
+    }
+
+    /// Notifies the service manager at intervals while the server is alive.
+    pub fn keep_alive(&mut self, manager: ServiceManager, every: Duration) {
+        if let Some(live) = self.live.clone() {
+            self.tasks.spawn("watchdog", manager.keep_alive(every, live));
+        }
     }
 
     /// Reloads certificate and key if their files have changed.
@@ -252,6 +295,7 @@ impl Running {
         let live = Probe::start(tasks, "liveness", LIVENESS, move || {
             probe::alive(listening, Arc::clone(&certificates))
         });
+        self.live = Some(live.clone());
         let checked = Arc::clone(&rpc);
         let ready = Probe::start(tasks, "readiness", READINESS, move || {
             let rpc = Arc::clone(&checked);

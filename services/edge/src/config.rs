@@ -8,7 +8,7 @@
 use std::{collections::HashSet, net::SocketAddr, path::PathBuf, time::Duration};
 
 use qpq_domain::{Choice, Username, UsernameScripts};
-use qpq_rpc::{AnswerMemory, IdentityProof, SessionLifetimes};
+use qpq_rpc::{AnswerMemory, IdentityProof, RegistrationMode, SessionLifetimes};
 use qpq_runtime::{
     config::{Leaf, Named, Size, Value},
     http::Http,
@@ -226,6 +226,9 @@ section! {
 section! {
     /// Registration and login.
     pub struct Auth {
+        /// Who may register an account: everyone, those with an invite of `qpq-admin invite
+        /// create`, or nobody. Edges of a release without this setting let everyone register.
+        registration: Named<RegistrationMode> = Named(RegistrationMode::Open);
         /// The proof of possession of the identity key in a registration. With `optional` the
         /// proof may be missing; a proof in a request is always checked.
         identity_proof: Named<IdentityProof> = Named(IdentityProof::Optional);
@@ -243,7 +246,9 @@ section! {
 section! {
     /// Administrators.
     pub struct Admin {
-        /// The accounts that may call the methods of administrators.
+        /// The accounts that may call the methods of administrators. Such a username, and every one
+        /// that looks like it, can be registered only with an invite that names it: `qpq-admin
+        /// invite create --username NAME`.
         usernames: Vec<String> = Vec::new();
     }
 }
@@ -395,6 +400,7 @@ impl Config {
             version: env!("CARGO_PKG_VERSION").into(),
             sessions: SessionLifetimes { idle: self.session.idle, absolute: self.session.absolute },
             identity_proof: self.auth.identity_proof.0,
+            registration: self.auth.registration.0,
             username_scripts: self.auth.username_scripts.0,
             admins: self.admins().unwrap_or_default(),
             limits: self.limits.to_rpc(),

@@ -27,4 +27,5 @@ pub use compose::{Running, StartError, compose, compose_with};
 pub use config::{Config, FOREIGN_VARIABLES};
 pub use listen::Listen;
 pub use qpq_domain::UsernameScripts;
+pub use qpq_rpc::RegistrationMode;
 pub use rotation::{RotateError, rotate};

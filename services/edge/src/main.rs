@@ -5,6 +5,7 @@
 //! configuration is wrong.
 
 use std::{
+    env,
     fmt::Display,
     io::{self, Write as _},
     process::ExitCode,
@@ -17,6 +18,7 @@ use qpq_runtime::{
     config::Loaded,
     lifecycle::{Shutdown, Tasks},
     log::{self, LogGuard},
+    service_manager::{ServiceManager, State, watchdog_interval},
     trace::Traces,
 };
 use qpq_server::{
@@ -94,6 +96,12 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
             return fail(FAILED, format_args!("cannot listen for signals: {error}"));
         }
     };
+    let manager = match ServiceManager::at(env::var_os("NOTIFY_SOCKET").as_deref()) {
+        Ok(manager) => manager,
+        Err(error) => {
+            return fail(FAILED, format_args!("cannot use the address in NOTIFY_SOCKET: {error}"));
+        }
+    };
     let mut running = match compose_with(config, shutdown.draining().clone()).await {
         Ok(running) => running,
         Err(error) => return fail(FAILED, format_args!("cannot start: {error}")),
@@ -105,6 +113,11 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
         "serving"
     );
     print(Banner::new(&running, config));
+    manager.notify(State::Ready);
+    let [micros, process] = ["WATCHDOG_USEC", "WATCHDOG_PID"].map(env::var_os);
+    if let Some(every) = watchdog_interval(micros.as_deref(), process.as_deref()) {
+        running.keep_alive(manager.clone(), every);
+    }
     let code = loop {
         tokio::select! {
             () = shutdown.draining().cancelled() => break ExitCode::SUCCESS,
@@ -112,9 +125,14 @@ async fn run(args: &Args, loaded: &Loaded<Config>, log: &LogGuard) -> ExitCode {
                 shutdown.stopping().cancel();
                 break fail(FAILED, failure);
             }
-            Some(()) = hangups.recv() => reload(args, loaded, log, &running),
+            Some(()) = hangups.recv() => {
+                manager.notify(State::Reloading);
+                reload(args, loaded, log, &running);
+                manager.notify(State::Ready);
+            }
         }
     };
+    manager.notify(State::Stopping);
     running.shutdown(shutdown.stopping().cancelled()).await;
     code
 }

@@ -106,7 +106,8 @@ mod tests {
 
     use qpq_domain::{ChannelId, IdentityKey, Seq, StoreLimits, UnixMillis, Username};
     use qpq_ports::{
-        Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, SystemClock, View,
+        Admission, Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores,
+        SystemClock, View,
     };
     use qpq_store_embedded::EmbeddedStore;
 
@@ -122,8 +123,13 @@ mod tests {
         let stores = store.stores();
         let inbox = IdentityKey::new([7; 32]);
         let username = Username::parse("alice").unwrap();
-        let account =
-            NewAccount { username, identity: inbox, opaque_record: vec![0; 192], now: NOW };
+        let account = NewAccount {
+            username,
+            identity: inbox,
+            opaque_record: vec![0; 192],
+            admission: Admission::Open,
+            now: NOW,
+        };
         stores.accounts.register(account).await.unwrap();
         let message = NewMessage {
             sender: inbox,

@@ -207,11 +207,15 @@ async fn resume(
         Err(AuthError::WrongPassword) => {
             let set_aside = set_aside(&dir)?;
             let begun = begin(in_use, options, account).await;
-            if let Err(Error::Auth(AuthError::UsernameTaken)) = begun {
+            if let Err(Error::Auth(refusal)) = &begun
+                && may_exist(refusal)
+            {
                 for (path, aside) in &set_aside {
                     rename(aside, path)?;
                 }
                 profile.write(&dir)?;
+            }
+            if let Err(Error::Auth(AuthError::UsernameTaken)) = begun {
                 return Err(AuthError::WrongPassword.into());
             }
             if begun.is_ok() {
@@ -231,6 +235,18 @@ async fn resume(
     let messenger = assemble(client, profile, store).await?;
     messenger.settle_keys(NewKeys::Needed).await?;
     Ok(messenger)
+}
+
+/// Returns whether an account with the username may exist after a registration was refused. A
+/// server that refuses the invite does not say.
+fn may_exist(refusal: &AuthError) -> bool {
+    matches!(
+        refusal,
+        AuthError::UsernameTaken
+            | AuthError::InviteRequired
+            | AuthError::InviteInvalid
+            | AuthError::RegistrationClosed
+    )
 }
 
 /// Returns the profile in `dir`, if its registration is complete.

@@ -57,6 +57,11 @@ impl Server {
         self.running.take().expect("it runs").shutdown(std::future::pending()).await;
     }
 
+    /// Changes the configuration of the next start.
+    pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
+        change(&mut self.config);
+    }
+
     pub(crate) async fn start_again(&mut self) {
         // The tasks of the connections that were closed release the port soon after.
         let addr = self.addr;

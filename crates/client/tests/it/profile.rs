@@ -6,8 +6,10 @@ use qpq_client::{
     AuthError, Error, LogoutScope, Messenger, Options, Password, Profile, ProfileError, Trust,
     VaultKey,
 };
+use qpq_runtime::config::Named;
+use qpq_server::RegistrationMode;
 
-use crate::harness::{Server, dm, history, line, password, read, reopen, soon, username};
+use crate::harness::{PASSWORD, Server, dm, history, line, password, read, reopen, soon, username};
 
 #[tokio::test]
 async fn the_first_use_is_pinned_in_the_profile() {
@@ -111,6 +113,34 @@ async fn registering_over_a_profile_and_unlocking_a_missing_one_are_refused() {
     Messenger::register(&dir, server.options(), &username("dave"), &password(), None)
         .await
         .unwrap();
+}
+
+#[tokio::test]
+async fn an_interrupted_registration_is_kept_when_its_continuation_needs_an_invite() {
+    let mut server = Server::start().await;
+    server.user("alice").await.client().close().await;
+    server.stop().await;
+    server.configure(|config| config.auth.registration = Named(RegistrationMode::Invite));
+    server.start_again().await;
+    // As after an end between the registration and the login.
+    let dir = server.profile("alice");
+    let path = dir.join("profile.json");
+    let profile = fs::read_to_string(&path).unwrap();
+    let unfinished = profile.replace("\"registered\"", "\"registering\"");
+    assert_ne!(profile, unfinished);
+    fs::write(&path, unfinished).unwrap();
+
+    let register = |password: &'static str| {
+        let (dir, options) = (dir.clone(), server.options());
+        async move {
+            let (name, password) = (username("alice"), Password::from(password));
+            Messenger::register(&dir, options, &name, &password, None).await
+        }
+    };
+    // With another password the account cannot be distinguished from a missing one.
+    let refused = register("wrong").await;
+    assert!(matches!(refused, Err(Error::Auth(AuthError::InviteRequired))), "{refused:?}");
+    register(PASSWORD).await.expect("the account and its profile are still there");
 }
 
 #[tokio::test]

@@ -9,9 +9,9 @@ use qpq_domain::{
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Batch, CertifiedKey, DeviceRegistration, DeviceRevocation, Enqueued, Lease, NewAccount,
-    NewDevice, NewMessage, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt, Registration,
-    Stores, View,
+    Ack, Admission, Batch, CertifiedKey, DeviceRegistration, DeviceRevocation, Enqueued, Lease,
+    NewAccount, NewDevice, NewMessage, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt,
+    Registration, Stores, View,
 };
 
 /// The instant at which each test begins.
@@ -174,6 +174,7 @@ pub(super) fn new_account(name: &str, key: u8, record: u8) -> NewAccount {
         username: Username::parse(name).expect("a username"),
         identity: IdentityKey::new([key; 32]),
         opaque_record: vec![record; 192],
+        admission: Admission::Open,
         now: NOW,
     }
 }

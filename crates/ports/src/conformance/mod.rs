@@ -19,10 +19,12 @@ mod bench;
 pub mod accounts;
 pub mod clocks;
 pub mod devices;
+pub mod endpoints;
 pub mod enqueue;
 pub mod groups;
 pub mod history;
 pub mod idempotency;
+pub mod invites;
 pub mod jobs;
 pub mod keys;
 pub mod leases;
@@ -82,6 +84,19 @@ macro_rules! conformance {
                 a_lookalike_of_a_taken_username_is_taken,
                 of_concurrent_lookalikes_one_wins,
                 accounts_survive_a_crash,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            invites,
+            [
+                invites_are_listed_as_they_were_created_until_they_are_revoked,
+                an_invite_allows_as_many_registrations_as_it_has_uses,
+                a_refused_or_repeated_registration_uses_nothing,
+                an_invalid_invite_reveals_no_username,
+                a_named_invite_allows_its_username_alone,
+                concurrent_registrations_use_an_invite_exactly_as_often_as_it_allows,
+                an_invite_is_removed_some_time_after_it_has_expired,
             ]
         );
         $crate::conformance_area!(
@@ -228,6 +243,16 @@ macro_rules! conformance {
                 a_registration_binds_a_session_without_a_device,
                 a_refused_registration_binds_no_session,
                 a_revocation_ends_only_the_sessions_of_its_device,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            endpoints,
+            [
+                an_endpoint_is_resolved_until_it_expires,
+                an_endpoint_replaces_the_previous_one_of_its_owner_alone,
+                a_removed_endpoint_is_not_resolved,
+                an_endpoint_is_published_again_after_a_crash,
             ]
         );
         $crate::conformance_area!(

@@ -115,6 +115,16 @@ pub(super) const JOB: &[Column] = &[
     text("last_error"),
 ];
 
+pub(super) const INVITE: &[Column] = &[
+    bytes("code"),
+    number("uses"),
+    number("uses_left"),
+    text("username"),
+    text("note"),
+    number("created_at"),
+    number("expires_at"),
+];
+
 const fn number(name: &'static str) -> Column {
     Column { name, kind: ColumnType::Number }
 }

@@ -4,6 +4,7 @@
 mod auth;
 mod delivery;
 mod device;
+mod endpoint;
 mod event;
 mod group;
 mod health;

@@ -4,6 +4,7 @@
 mod auth;
 mod delivery;
 mod devices;
+mod endpoints;
 mod greed;
 mod groups;
 mod harness;
@@ -11,6 +12,7 @@ mod health;
 mod keys;
 mod limits;
 mod observe;
+mod registration;
 mod rpc;
 mod sessions;
 mod subscribe;

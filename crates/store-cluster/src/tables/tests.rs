@@ -85,7 +85,10 @@ fn every_table_names_the_account_of_its_rows_or_belongs_to_the_server() {
     let of_server: Vec<_> =
         TABLES.iter().filter(|table| owner(table).is_none()).map(|table| table.name).collect();
     // A group belongs to its members, a payload to the messages that refer to it.
-    assert_eq!(of_server, ["mls_group", "job", "payload", "cluster", "heartbeat", "store"]);
+    assert_eq!(
+        of_server,
+        ["mls_group", "job", "invite", "payload", "cluster", "heartbeat", "store"]
+    );
 }
 
 /// Returns the statement that stores a row of the account $1.

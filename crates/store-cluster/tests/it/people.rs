@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use qpq_domain::{AccountId, IdentityKey, TokenHash, UnixMillis, Username};
-use qpq_ports::{NewAccount, NewKeyPackage, NewSession, Registration, Session, Stores};
+use qpq_ports::{Admission, NewAccount, NewKeyPackage, NewSession, Registration, Session, Stores};
 
 pub(crate) const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 pub(crate) const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -20,6 +20,7 @@ pub(crate) fn new_account(name: &str, key: u8) -> NewAccount {
         username: Username::parse(name).expect("a username"),
         identity: IdentityKey::new([key; 32]),
         opaque_record: vec![1; 192],
+        admission: Admission::Open,
         now: NOW,
     }
 }

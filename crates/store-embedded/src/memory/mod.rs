@@ -1,6 +1,7 @@
 //! The state of the store that is in memory. All of it may be lost: leases and subscriptions end
 //! with the process, the rest is read from the database.
 
+mod endpoints;
 mod history;
 mod leases;
 mod limits;
@@ -11,6 +12,7 @@ mod wakes;
 use std::sync::Arc;
 
 pub(crate) use self::{
+    endpoints::EndpointTable,
     history::History,
     leases::{ChangeCount, LeaseGuard, LeaseTable, ReadInProgress},
     limits::Limiter,

@@ -3,7 +3,7 @@
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
 use super::{enqueue, left_out, position, read, remove};
-use crate::{absence, devices, groups, inboxes, jobs, keys};
+use crate::{absence, devices, groups, inboxes, invites, jobs, keys};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
@@ -18,6 +18,7 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(absence::STATEMENTS)
         .chain(devices::STATEMENTS)
         .chain(keys::STATEMENTS)
+        .chain(invites::STATEMENTS)
         .chain(jobs::STATEMENTS)
         .chain(groups::statements());
     for sql in statements {

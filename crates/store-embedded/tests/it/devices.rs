@@ -6,8 +6,8 @@ use std::{path::Path, time::Duration};
 use bytes::Bytes;
 use qpq_domain::{ChannelId, DeliveryLimits, DeviceId, Seq, StoreLimits, TokenHash, Username};
 use qpq_ports::{
-    Ack, Batch, Enqueued, NewAccount, NewDevice, NewMessage, PageLimit, ReadError, ReadQuery,
-    Reader, Registration, Stores, View,
+    Ack, Admission, Batch, Enqueued, NewAccount, NewDevice, NewMessage, PageLimit, ReadError,
+    ReadQuery, Reader, Registration, Stores, View,
 };
 use qpq_store_embedded::{DATABASE_FILE, EmbeddedStore};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
@@ -38,6 +38,7 @@ async fn with_devices(stores: &Stores, messages: u64) {
         username: Username::parse("user1").expect("a username"),
         identity: key(1),
         opaque_record: vec![0; 192],
+        admission: Admission::Open,
         now: START,
     };
     let registered = stores.accounts.register(account).await.expect("register");

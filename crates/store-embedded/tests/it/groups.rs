@@ -5,8 +5,8 @@ use std::{future::Future as _, path::Path, pin::pin, task, time::Duration};
 use bytes::Bytes;
 use qpq_domain::{AccountId, ChannelId, GroupId, MessageId, StoreLimits, UnixMillis, Username};
 use qpq_ports::{
-    Commit, GroupMessage, GroupRecipients, GroupRefusal, NewAccount, NewGroup, NewMembers,
-    ReadQuery, Reader, Registration, Stores, View, Wake,
+    Admission, Commit, GroupMessage, GroupRecipients, GroupRefusal, NewAccount, NewGroup,
+    NewMembers, ReadQuery, Reader, Registration, Stores, View, Wake,
 };
 use qpq_store_embedded::{DATABASE_FILE, EmbeddedStore};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
@@ -28,6 +28,7 @@ async fn with_group(path: &Path) -> (EmbeddedStore, AccountId) {
             username: Username::parse(&format!("user{n}")).expect("a username"),
             identity: key(n),
             opaque_record: vec![0; 192],
+            admission: Admission::Open,
             now: START,
         };
         match stores.accounts.register(account).await.expect("register") {

@@ -9,7 +9,7 @@ use std::{
 
 use qpq_domain::{IdentityKey, Seq, StoreLimits, UnixMillis, Username};
 use qpq_ports::{
-    NewAccount, PageLimit, ReadError, ReadQuery, Reader, Registration, StoreError, View,
+    Admission, NewAccount, PageLimit, ReadError, ReadQuery, Reader, Registration, StoreError, View,
 };
 use qpq_store_embedded::{EmbeddedStore, OpenError};
 use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
@@ -273,6 +273,7 @@ async fn accounts_from_before_skeletons_keep_their_names_and_reserve_their_skele
         username: Username::parse(name).expect("a username"),
         identity: IdentityKey::new([key; 32]),
         opaque_record: vec![key; 192],
+        admission: Admission::Open,
         now: UnixMillis(1),
     };
     let store = open(directory.path()).await;

@@ -8,10 +8,10 @@ use qpq_domain::{
     KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Batch, CertifiedKey, Commit, DevicePackage, Enqueued, GroupMessage, GroupRecipients,
-    GroupSent, HybridKey, Lease, NewAccount, NewDevice, NewGroup, NewKeyPackage, NewMembers,
-    NewMessage, NewSession, PackageOwner, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt,
-    Registration, Session, Stores, Upload, UploadMode, View,
+    Ack, Admission, Batch, CertifiedKey, Commit, DevicePackage, Enqueued, GroupMessage,
+    GroupRecipients, GroupSent, HybridKey, Lease, NewAccount, NewDevice, NewGroup, NewKeyPackage,
+    NewMembers, NewMessage, NewSession, PackageOwner, Page, PageLimit, ReadError, ReadQuery,
+    Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
 use serde::{Deserialize, Serialize};
 
@@ -308,6 +308,7 @@ impl Machine {
                     username,
                     identity: key(k),
                     opaque_record: vec![record; 192],
+                    admission: Admission::Open,
                     now,
                 };
                 match self.stores.accounts.register(new).await.expect("register") {

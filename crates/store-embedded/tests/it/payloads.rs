@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 use bytes::Bytes;
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreLimits, Username};
 use qpq_ports::{
-    Ack, Batch, Enqueued, NewAccount, NewMessage, ReadQuery, Reader, Stores, View,
+    Ack, Admission, Batch, Enqueued, NewAccount, NewMessage, ReadQuery, Reader, Stores, View,
     transfer::{Cell, Table, sha256},
 };
 use qpq_store_embedded::{
@@ -31,6 +31,7 @@ async fn with_accounts(path: &Path, limits: StoreLimits) -> EmbeddedStore {
             username: Username::parse(&format!("user{n}")).expect("a username"),
             identity: key(n),
             opaque_record: vec![0; 192],
+            admission: Admission::Open,
             now: START,
         };
         store.stores().accounts.register(account).await.expect("register");

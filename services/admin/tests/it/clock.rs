@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use qpq_domain::{ChannelId, IdentityKey, StoreLimits, UnixMillis, Username};
-use qpq_ports::{Batch, Clock as _, NewAccount, NewMessage, Stores, SystemClock};
+use qpq_ports::{Admission, Batch, Clock as _, NewAccount, NewMessage, Stores, SystemClock};
 use qpq_store_embedded::EmbeddedStore;
 
 use crate::harness::{Workspace, run, run_failing, text};
@@ -14,7 +14,13 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Registers an account and sends it a message that expires after a day.
 async fn send(stores: &Stores, now: UnixMillis) {
     let (identity, username) = (IdentityKey::new([7; 32]), Username::parse("alice").unwrap());
-    let account = NewAccount { username, identity, opaque_record: vec![0; 192], now };
+    let account = NewAccount {
+        username,
+        identity,
+        opaque_record: vec![0; 192],
+        admission: Admission::Open,
+        now,
+    };
     stores.accounts.register(account).await.unwrap();
     let message = NewMessage {
         sender: identity,

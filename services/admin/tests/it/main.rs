@@ -6,6 +6,7 @@ mod backup;
 mod clock;
 mod harness;
 mod init;
+mod invite;
 mod jobs;
 mod migrate;
 mod rotate;

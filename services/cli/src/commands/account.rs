@@ -1,13 +1,13 @@
 //! The account: register, login, logout, whoami.
 
 use std::{
-    io::{self, Write},
+    io::{self, IsTerminal as _, Write},
     time::Duration,
 };
 
 use qpq_client::{
-    CallError, Client, Error, Fingerprint, LogoutScope, Messenger, NewAccount, Options, Profile,
-    ProfileError, ProfileStatus, Trust, Username, fingerprint, methods, v1,
+    AuthError, CallError, Client, Error, Fingerprint, LogoutScope, Messenger, NewAccount, Options,
+    Profile, ProfileError, ProfileStatus, Trust, Username, fingerprint, methods, v1,
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
@@ -17,8 +17,8 @@ use crate::{
     compose::Context,
     entry::span,
     error::{CliError, Exit},
-    output::{Report, Style},
-    text,
+    output::{Format, Report, Style},
+    password, text,
     unlock::Kept,
 };
 
@@ -87,6 +87,7 @@ pub(crate) async fn register(
     context: &Context,
     username: &Username,
     device: &str,
+    mut invite: Option<String>,
 ) -> Result<(), CliError> {
     let dir = context.dir();
     let mut options = match Profile::read(&dir) {
@@ -100,9 +101,18 @@ pub(crate) async fn register(
     let is_pinned_now = options.trust == Trust::FirstUse;
     options.trust = options.trust.settled(seen);
     let password = context.password.chosen(&context.output).await?;
-    let account = NewAccount { username, password: &password, invite: None, device };
-    let registering = Box::pin(Messenger::register_account(&dir, options, account));
-    let messenger = context.progress.during("registering", registering).await?;
+    let is_terminal = io::stdin().is_terminal() && context.output.format == Format::Human;
+    let messenger = loop {
+        let account =
+            NewAccount { username, password: &password, invite: invite.as_deref(), device };
+        let registering = Box::pin(Messenger::register_account(&dir, options.clone(), account));
+        match context.progress.during("registering", registering).await {
+            Err(Error::Auth(AuthError::InviteRequired)) if invite.is_none() && is_terminal => {
+                invite = Some(password::ask_for_invite().await?);
+            }
+            registered => break registered?,
+        }
+    };
     let reported = report(context, "registered", &messenger, is_pinned_now).await;
     opened::close(messenger).await;
     reported

@@ -28,8 +28,8 @@ use crate::{
 /// Runs one command.
 pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliError> {
     match command {
-        Command::Register { username, device } => {
-            account::register(context, &username, &device).await
+        Command::Register { username, device, invite } => {
+            account::register(context, &username, &device, invite).await
         }
         Command::Login => account::login(context).await,
         Command::Logout { all } => account::logout(context, all).await,

@@ -2,6 +2,8 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 
+use qpq_runtime::config::Named;
+use qpq_server::RegistrationMode;
 use serde_json::json;
 
 use crate::harness::{PASSWORD, World};
@@ -50,6 +52,28 @@ async fn registering_over_a_profile_or_under_a_taken_name_is_refused() {
     other.fails(&["whoami"], 3, "profile.missing").await;
     assert!(other.json(&["profiles"]).await.is_empty());
     other.ok(&["register", "other"]).await;
+}
+
+#[tokio::test]
+async fn a_server_that_needs_invites_accepts_as_many_accounts_as_an_invite_has_uses() {
+    let mode = Named(RegistrationMode::Invite);
+    let world = World::with(|config| config.auth.registration = mode).await;
+    let code = world.invite(1).await;
+    let (alice, bob) = (world.person("alice"), world.person("bob"));
+    let error = alice.fails(&["register", "alice"], 1, "auth.invite_required").await;
+    assert!(error["hint"].as_str().unwrap().contains("--invite CODE"), "{error}");
+    alice.fails(&["register", "alice", "--invite", "nonsense"], 1, "auth.invite_invalid").await;
+    alice.ok(&["register", "alice", "--invite", &code.replace('-', " ")]).await;
+    bob.fails(&["register", "bob", "--invite", code], 1, "auth.invite_invalid").await;
+    assert!(bob.json(&["profiles"]).await.is_empty());
+}
+
+#[tokio::test]
+async fn a_server_without_registration_refuses_every_new_account() {
+    let mode = Named(RegistrationMode::Closed);
+    let world = World::with(|config| config.auth.registration = mode).await;
+    let alice = world.person("alice");
+    alice.fails(&["register", "alice"], 1, "auth.registration_closed").await;
 }
 
 #[tokio::test]

@@ -90,6 +90,19 @@ impl World {
         connection.close().await.unwrap();
     }
 
+    /// Creates an invite with this number of uses. Returns its code.
+    pub(crate) async fn invite(&self, uses: u32) -> &'static str {
+        let path = self.config.data_dir.join("qpq.db");
+        let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
+        // The SHA-256 of the code.
+        let statement = "INSERT INTO invite VALUES
+            (x'd77bd86a0e004d9c21a03cdbfeac637b484d184bdda05d72ad726e029c9003a1',
+             ?1, ?1, NULL, '', 0, 9000000000000)";
+        sqlx::query(statement).bind(uses).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        "0000-0000-0000-0000-0000-0000-0000"
+    }
+
     /// Starts the server again on the same port.
     pub(crate) async fn start_again(&mut self) {
         self.port_is_free().await;

@@ -10,6 +10,8 @@ use std::{
 };
 
 use nix::pty::{OpenptyResult, Winsize, openpty};
+use qpq_runtime::config::Named;
+use qpq_server::RegistrationMode;
 use tokio::{
     net::UdpSocket,
     process::{Child, Command},
@@ -245,6 +247,24 @@ async fn passwords_are_asked_for_unseen_and_twice_for_a_new_account() {
     let (code, shown) = terminal.ends().await;
     assert_eq!(code, Some(130), "{shown}");
     assert!(shown.contains("interrupted") && !shown.contains("half"), "{shown}");
+}
+
+#[tokio::test]
+async fn the_invite_is_asked_for_if_the_server_needs_one() {
+    let mode = Named(RegistrationMode::Invite);
+    let world = World::with(|config| config.auth.registration = mode).await;
+    let code = world.invite(1).await;
+    let alice = world.person("alice");
+    let mut terminal = Terminal::start(&alice, &["register", "alice"]);
+    for prompt in ["Password: ", "Again: "] {
+        terminal.shows(prompt).await;
+        terminal.types(&format!("{PASSWORD}\r"));
+    }
+    terminal.shows("Invite code: ").await;
+    terminal.types(&format!("{code}\r"));
+    let (end, shown) = terminal.ends().await;
+    assert_eq!(end, Some(0), "{shown}");
+    assert!(shown.contains("is registered on") && !shown.contains(code), "{shown}");
 }
 
 #[tokio::test]

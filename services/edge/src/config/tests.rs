@@ -156,3 +156,52 @@ fn the_bounds_of_request_memory_themselves_are_accepted() {
         assert_eq!(transport.limits.max_request_bytes, bytes);
     }
 }
+
+#[test]
+fn the_people_who_may_register_are_configured() {
+    for (value, expected) in [
+        ("open", RegistrationMode::Open),
+        ("invite", RegistrationMode::Invite),
+        ("closed", RegistrationMode::Closed),
+    ] {
+        let config = with(&[("QPQ_AUTH__REGISTRATION", value)]).unwrap();
+        assert_eq!(config.rpc().registration, expected);
+    }
+    let text = with(&[("QPQ_AUTH__REGISTRATION", "friends")]).unwrap_err().to_string();
+    assert!(text.contains("auth.registration is \"friends\", but must be"), "{text}");
+}
+
+#[test]
+fn settings_without_effect_are_refused() {
+    let edge = [
+        ("QPQ_POSTGRES__URL", "postgres://qpq@db/qpq"),
+        ("QPQ_REDIS__URL", "redis://redis"),
+        ("QPQ_NATS__URL", "nats://nats"),
+        ("QPQ_CLUSTER__SECRETS_DIR", "/shared"),
+    ];
+    let names = ("QPQ_TLS__NAMES", "chat.example.org");
+    let generate = ("QPQ_TLS__GENERATE", "never");
+    let poll = ("QPQ_CLUSTER__POLL", "1s");
+    for (variables, refused) in [
+        (vec![poll], Some("cluster.poll must be left out: the server is a single node")),
+        (vec![("QPQ_REDIS__PASSWORD_FILE", "/p")], Some("redis.password_file must be left out")),
+        (vec![names], None),
+        (vec![generate], None),
+        (vec![names, generate], Some("tls.names must be left out: with tls.generate")),
+        (edge.to_vec(), None),
+        ([&edge[..], &[poll]].concat(), None),
+        ([&edge[..], &[names]].concat(), Some("tls.names must be left out: an edge creates no")),
+        (
+            [&edge[..], &[generate]].concat(),
+            Some("tls.generate must be left out: an edge creates no certificate"),
+        ),
+        // A value that equals the default changes nothing.
+        (vec![("QPQ_CLUSTER__NAMESPACE", "qpq")], None),
+    ] {
+        match (with(&variables), refused) {
+            (Ok(_), None) => {}
+            (Err(error), Some(expected)) if error.to_string().contains(expected) => {}
+            (outcome, _) => panic!("{variables:?}: {:?}", outcome.map(drop)),
+        }
+    }
+}

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use qpq_rpc::AnswerMemory;
-use qpq_runtime::config::{Broken, Settings, Size};
+use qpq_runtime::config::{Broken, Node as _, Settings, Size};
 
-use super::Config;
+use super::{Config, Generate};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// The longest duration. Sums of such durations do not overflow.
@@ -13,11 +13,39 @@ const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 60 * 60);
 /// The largest payload of a frame.
 const LARGEST_PAYLOAD: u64 = qpq_wire::MAX_PAYLOAD as u64;
 
+/// The settings that only an edge of a cluster uses, except those that make the server an edge.
+const OF_CLUSTERS: &[&str] = &[
+    "postgres.password_file",
+    "postgres.ca",
+    "postgres.connections",
+    "postgres.timeout",
+    "redis.password_file",
+    "redis.ca",
+    "redis.timeout",
+    "nats.password_file",
+    "nats.ca",
+    "cluster.edge",
+    "cluster.namespace",
+    "cluster.migrate",
+    "cluster.max_clock_skew",
+    "cluster.start_timeout",
+    "cluster.poll",
+    "cluster.lease",
+    "cluster.session_cache",
+    "cluster.rotate_ticket_keys",
+];
+/// The settings that only a single node uses. `data_dir` is accepted, because an image for both
+/// kinds of server sets it.
+const OF_SINGLE_NODES: &[&str] = &["tls.generate", "tls.names"];
+/// The settings of a certificate that is created.
+const OF_CREATION: &[&str] = &["tls.names"];
+
 impl Settings for Config {
     fn validate(&self) -> Vec<Broken> {
         let mut broken = self.broken_values();
         broken.extend(self.cluster_sections().broken());
         broken.extend(self.half_named_certificate());
+        broken.extend(self.settings_without_effect());
         broken
     }
 }
@@ -76,6 +104,29 @@ impl Config {
         let must_be = "given too: an edge uses the certificate in cluster.secrets_dir, or the one \
                        that tls.cert and tls.key name together";
         Some(Broken { path, must_be: must_be.into() })
+    }
+
+    /// Returns the settings that the rest of the configuration gives no effect.
+    ///
+    /// A section that has a switch (`limits.enabled`, `trace.endpoint`, `http.listen`) may keep its
+    /// other settings while it is off.
+    fn settings_without_effect(&self) -> Vec<Broken> {
+        let sections = self.cluster_sections();
+        let mut unused = Vec::new();
+        let mut add = |paths: &'static [&'static str], reason: &str| {
+            let changed = |path: &&&str| shown(self, path) != shown(&Self::default(), path);
+            let broken = |path: &&'static str| Broken { path, must_be: reason.into() };
+            unused.extend(paths.iter().filter(changed).map(broken));
+        };
+        if sections.is_single_node() {
+            add(OF_CLUSTERS, "left out: the server is a single node, and only an edge uses this");
+            if self.tls.generate.0 == Generate::Never {
+                add(OF_CREATION, "left out: with tls.generate = \"never\" none is created");
+            }
+        } else if sections.secrets_dir().is_some() {
+            add(OF_SINGLE_NODES, "left out: an edge creates no certificate");
+        }
+        unused
     }
 
     fn check_times(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
@@ -222,5 +273,35 @@ impl Config {
             "cluster.namespace",
             "letters, digits, - and _",
         );
+    }
+}
+
+/// Returns the value of the setting at `path` as text.
+fn shown(config: &Config, path: &str) -> Option<String> {
+    let mut values = Vec::new();
+    config.show("", &mut values);
+    values.into_iter().find_map(|(of, value)| (of == path).then_some(value)).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_setting_of_a_cluster_is_listed_as_one() {
+        let mut values = Vec::new();
+        Config::default().show("", &mut values);
+        let needed = ["postgres.url", "redis.url", "nats.url", "cluster.secrets_dir"];
+        let of_clusters: Vec<_> = values
+            .iter()
+            .map(|(path, _)| path.as_str())
+            .filter(|path| {
+                let sections = ["postgres.", "redis.", "nats.", "cluster."];
+                sections.iter().any(|section| path.starts_with(section)) && !needed.contains(path)
+            })
+            .collect();
+        assert_eq!(of_clusters, OF_CLUSTERS);
+        let is_setting = |path: &&str| values.iter().any(|(of, _)| of == path);
+        assert!(OF_SINGLE_NODES.iter().chain(OF_CREATION).all(is_setting));
     }
 }

@@ -106,7 +106,8 @@ impl ServerProcess {
         });
         let mut stdout = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut banner = String::new();
-        while !banner.contains(" dm bob") {
+        // Without registration, the banner has no commands.
+        while ![" dm bob", "registration  closed"].iter().any(|last| banner.contains(last)) {
             match timeout(HANGS, stdout.next_line()).await.expect("it starts").unwrap() {
                 Some(line) => banner.extend([line.as_str(), "\n"]),
                 None => panic!("it ended before it was ready: {banner}{}", stderr.await.unwrap()),

@@ -11,5 +11,6 @@ mod harness;
 mod metrics;
 mod refusals;
 mod running;
+mod service_manager;
 mod stopping;
 mod traces;

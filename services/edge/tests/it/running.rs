@@ -22,8 +22,12 @@ async fn the_banner_has_the_addresses_and_three_commands() {
     let place = fs::canonicalize(data.path()).unwrap();
     assert_eq!(banner[3], format!("  data in       {}", place.display()));
     assert_eq!(banner[4], format!("  fingerprint   {fingerprint}"));
+    assert_eq!(
+        banner[5],
+        format!("  registration  open: everyone who reaches {address} can create an account")
+    );
     let lines: Vec<_> =
-        banner[7..].iter().map(|line| line.trim().split_once("qpq ").unwrap().1).collect();
+        banner[8..].iter().map(|line| line.trim().split_once("qpq ").unwrap().1).collect();
     assert_eq!(lines[0], format!("-p alice register alice --server {address} --pin {fingerprint}"));
     assert_eq!(lines[1], format!("-p bob   register bob   --server {address} --pin {fingerprint}"));
     assert!(
@@ -33,6 +37,31 @@ async fn the_banner_has_the_addresses_and_three_commands() {
     );
     assert_eq!(lines.len(), 3);
     assert_ne!(address.port(), 0, "the real port is printed");
+}
+
+#[tokio::test]
+async fn the_banner_says_who_may_register_and_how_to_invite() {
+    let data = Data::new();
+    let variables = [("QPQ_AUTH__REGISTRATION", "invite"), ("QPQ_ADMIN__USERNAMES", "Root")];
+    let server = ServerProcess::start(data.path(), &variables).await;
+    let create = format!("qpq-admin invite create --data-dir {}", data.path());
+    for expected in [
+        format!(
+            "  registration  with an invite, at {}. Create one with: {create}\n",
+            server.address
+        ),
+        format!("  administrator root has no account, needs an invite: {create} --username root\n"),
+        " --invite CODE\n".to_owned(),
+    ] {
+        assert!(server.banner.contains(&expected), "{expected} is not in {}", server.banner);
+    }
+    server.kill().await;
+
+    let closed = [("QPQ_AUTH__REGISTRATION", "closed")];
+    let server = ServerProcess::start(data.path(), &closed).await;
+    let expected = "  registration  closed: nobody can create an account\n";
+    assert!(server.banner.contains(expected), "{}", server.banner);
+    assert!(!server.banner.contains("register alice"), "{}", server.banner);
 }
 
 #[tokio::test]

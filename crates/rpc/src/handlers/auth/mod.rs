@@ -4,6 +4,7 @@
 //! in both cases, OpaqueLoginFinish has one error for every failure, and budgets depend only on the
 //! username in the request.
 
+mod admission;
 mod logout;
 mod opaque_login_finish;
 mod opaque_login_start;

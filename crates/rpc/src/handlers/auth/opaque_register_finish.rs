@@ -8,7 +8,10 @@ use qpq_proto::{
     v1::{OpaqueRegisterFinishRequest, OpaqueRegisterFinishResponse},
 };
 
-use super::{exact, new_username, refused};
+use super::{
+    admission::{admission, invite_refused},
+    exact, new_username, refused,
+};
 use crate::{Cx, Error, Handled, Handler, IdentityProof, Subject, opaque};
 
 impl Handler for OpaqueRegisterFinish {
@@ -20,15 +23,39 @@ impl Handler for OpaqueRegisterFinish {
         check_proof(cx, &identity, &username, &request)?;
         let opaque_record =
             cx.app.opaque.finish_registration(&request.upload).map_err(refused("upload"))?;
-        let account = NewAccount { username, identity, opaque_record, now: cx.now };
+        let admission = match admission(cx, &username, &request.invite) {
+            Ok(admission) => admission,
+            Err(refusal) => {
+                return match is_repeat(cx, &username, &identity, &opaque_record).await? {
+                    true => Ok(OpaqueRegisterFinishResponse { success: true }.into()),
+                    false => Err(refusal),
+                };
+            }
+        };
+        let account = NewAccount { username, identity, opaque_record, admission, now: cx.now };
         match cx.app.stores.accounts.register(account).await? {
             Registration::Registered(_) | Registration::Repeated(_) => {
                 Ok(OpaqueRegisterFinishResponse { success: true }.into())
             }
             Registration::UsernameTaken => Err(Error::UsernameTaken),
             Registration::IdentityTaken => Err(Error::IdentityTaken),
+            Registration::InviteInvalid => Err(invite_refused(cx)),
         }
     }
+}
+
+/// Returns whether the account is registered already. The answer to the first call may have been
+/// lost, and the configuration changed since.
+async fn is_repeat(
+    cx: Cx<'_>,
+    username: &Username,
+    identity: &IdentityKey,
+    opaque_record: &[u8],
+) -> Result<bool, Error> {
+    let stored = cx.app.stores.accounts.credentials(username).await?;
+    Ok(stored.is_some_and(|stored| {
+        stored.identity == *identity && stored.opaque_record == opaque_record
+    }))
 }
 
 fn enrollable(bytes: &[u8]) -> Result<IdentityKey, Error> {

@@ -5,14 +5,15 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use qpq_domain::{
-    AccountId, ChannelId, DeviceId, DeviceKey, GroupId, IdentityKey, MessageId, Seq, StoreId,
-    TokenHash, UnixMillis, Username,
+    AccountId, ChannelId, DeviceId, DeviceKey, GroupId, IdentityKey, InviteHash, MessageId, Seq,
+    StoreId, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Batch, CertifiedKey, ClaimRequest, Commit, DeviceRegistration, Enqueued, GroupMessage,
-    GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage, NewAccount, NewDevice,
-    NewGroup, NewJob, NewKeyPackage, NewMembers, NewMessage, NewSession, PackageOwner, Page,
-    PageLimit, ReadQuery, Reader, Registration, Session, Stores, UploadMode, View,
+    Ack, Admission, Batch, CertifiedKey, ClaimRequest, Commit, DeviceRegistration, Enqueued,
+    GroupMessage, GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage, NewAccount,
+    NewDevice, NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage, NewSession,
+    PackageOwner, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores, UploadMode,
+    View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -85,6 +86,7 @@ impl Content {
             }
         }
         content.read_out_of_order(stores).await;
+        content.invite(stores).await;
         content
     }
 
@@ -110,6 +112,7 @@ impl Content {
             username: Username::parse(&format!("person{number}")).unwrap(),
             identity: IdentityKey::new(self.random.r#gen()),
             opaque_record: self.bytes(192),
+            admission: Admission::Open,
             now: self.now,
         };
         let registered = stores.accounts.register(account.clone()).await.unwrap();
@@ -161,6 +164,21 @@ impl Content {
         let read = ReadQuery { reader, view: View::Channel(ChannelId::new([2; 16])) };
         let ack = Ack { up_to: Some(Seq(u64::MAX >> 1)), ..Ack::default() };
         assert!(stores.inboxes.ack(read, ack, self.now).await.unwrap() > 0);
+    }
+
+    /// Creates invites, for any username and for one.
+    async fn invite(&mut self, stores: &Stores) {
+        for username in [None, Some(Username::parse("root").unwrap())] {
+            let invite = NewInvite {
+                code: InviteHash::new(self.random.r#gen()),
+                uses: self.random.gen_range(1..9),
+                lifetime: Duration::from_secs(60),
+                username,
+                note: "a note".into(),
+                now: self.now,
+            };
+            stores.invites.create(invite).await.unwrap();
+        }
     }
 
     /// Creates a group of all accounts and sends it a commit, whose payload the inboxes share.
@@ -346,6 +364,7 @@ impl Content {
             self.compare_inboxes(one, two, at).await;
         }
         self.compare_keys(one, two).await;
+        self.compare_invites(one, two).await;
         self.compare_jobs(one, two).await;
         self.compare_reading(one, two).await;
         self.compare_repeats(one, two).await;
@@ -451,6 +470,12 @@ impl Content {
                 }
             }
         }
+    }
+
+    async fn compare_invites(&self, one: &Stores, two: &Stores) {
+        let [one, two] = [one, two].map(|stores| stores.invites.list(u32::MAX));
+        let (one, two) = (one.await.unwrap(), two.await.unwrap());
+        assert_eq!((one.len(), &one), (2, &two));
     }
 
     async fn compare_jobs(&self, one: &Stores, two: &Stores) {
