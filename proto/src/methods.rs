@@ -315,7 +315,7 @@ methods! {
     905 FederationHealth(FederationHealthRequest) -> FederationHealthResponse, Peer, Federation, Standard, Small, Idempotent, later;
 
     /// Deletes the account and all its data permanently.
-    950 DeleteAccount(DeleteAccountRequest) -> DeleteAccountResponse, Fresh, Account, Standard, Small, Idempotent, later;
+    950 DeleteAccount(DeleteAccountRequest) -> DeleteAccountResponse, Fresh, Account, Standard, Small, Idempotent, served;
 }
 
 #[cfg(test)]

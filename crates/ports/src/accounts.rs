@@ -1,17 +1,19 @@
-//! Accounts: a username, an identity key and an OPAQUE record, bound together permanently.
+//! Accounts: a username, an identity key and an OPAQUE record, bound together until the account is
+//! deleted.
 
 use std::fmt;
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, InviteHash, UnixMillis, Username};
 
-use crate::StoreResult;
+use crate::{Deletion, Erasing, ErasureId, StoreResult};
 
 /// Stores accounts.
 #[async_trait]
 pub trait Accounts: Send + Sync {
     /// Inserts an account and its inbox. Never replaces one: a registered username or key stays
-    /// taken.
+    /// taken. The key of a deleted account is never accepted again, and its username not for
+    /// [`NAME_RESERVED`](crate::NAME_RESERVED).
     ///
     /// A username with the skeleton (UTS 39) of another account is taken too. Accounts that were
     /// registered before this rule keep their usernames, whatever their skeletons are.
@@ -29,6 +31,18 @@ pub trait Accounts: Send + Sync {
 
     /// Returns the account with this identity key.
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>>;
+
+    /// Makes an account unusable in one step, and stores the job that erases its data. Durable when
+    /// it returns.
+    ///
+    /// From then on, the account is not found by its username or key, it has no OPAQUE record, no
+    /// session and no inbox, and messages to its groups skip it.
+    async fn delete(&self, account: AccountId, now: UnixMillis) -> StoreResult<Deletion>;
+
+    /// Erases one batch of a deleted account's data. Each batch is one atomic step of bounded size.
+    ///
+    /// Safe to repeat. An erasure that is done, or that never existed, is [`Erasing::Done`].
+    async fn erase(&self, erasure: ErasureId, now: UnixMillis) -> StoreResult<Erasing>;
 }
 
 /// An account to be registered.
@@ -84,9 +98,10 @@ pub enum Registration {
     Registered(AccountId),
     /// An account has the same username, key and record: the request is a repeat.
     Repeated(AccountId),
-    /// Another account has the username, or one that is easily confused with it.
+    /// Another account has the username, or one that is easily confused with it. Or the username is
+    /// still reserved after the deletion of its account.
     UsernameTaken,
-    /// Another account has the identity key.
+    /// Another account has or had the identity key.
     IdentityTaken,
     /// The invite is unknown, used up, expired, or names another username.
     InviteInvalid,

@@ -17,6 +17,7 @@ mod clock;
 #[cfg(feature = "conformance")]
 #[expect(missing_docs, reason = "the name of a rule states it")]
 pub mod conformance;
+mod deletion;
 mod devices;
 mod endpoints;
 mod error;
@@ -37,6 +38,10 @@ use qpq_domain::{IdentityKey, StoreId, UnixMillis};
 pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
 pub use accounts::{Account, Accounts, Admission, Credentials, NewAccount, Registration};
 pub use clock::{Clock, SystemClock};
+pub use deletion::{
+    CALLS_ENDED, Deletion, ERASE, Erasing, ErasureId, NAME_RESERVED, identity_tombstone,
+    key_tombstone, name_tombstone,
+};
 pub use devices::{CertifiedKey, Device, DeviceRegistration, DeviceRevocation, Devices, NewDevice};
 pub use endpoints::{Endpoint, Endpoints};
 pub use error::{StoreError, StoreResult};
@@ -58,7 +63,7 @@ pub use keys::{
     TakenKeyPackage, Upload, UploadMode,
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
-pub use sessions::{NewSession, Session, Sessions};
+pub use sessions::{NewSession, Session, SessionCreation, Sessions};
 
 /// The ports that the server's composition passes to the handlers.
 #[derive(Clone)]

@@ -12,8 +12,8 @@ use crate::StoreResult;
 /// store removes expired sessions only in [`Maintenance::sweep`](crate::Maintenance::sweep).
 #[async_trait]
 pub trait Sessions: Send + Sync {
-    /// Creates a session. Durable when it returns.
-    async fn create(&self, session: NewSession) -> StoreResult<()>;
+    /// Creates a session, unless its account was deleted. Durable when it returns.
+    async fn create(&self, session: NewSession) -> StoreResult<SessionCreation>;
 
     /// Returns the session with this token. May read a cache, which a revocation reaches within a
     /// second.
@@ -37,6 +37,15 @@ pub trait Sessions: Send + Sync {
 
     /// Ends every session of the account. Returns their number.
     async fn revoke_all(&self, account: AccountId) -> StoreResult<u32>;
+}
+
+/// The outcome of a creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionCreation {
+    /// The session is created.
+    Created,
+    /// No account has the number and the identity key of the session.
+    NoAccount,
 }
 
 /// A session to be created.

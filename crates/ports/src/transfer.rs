@@ -48,6 +48,10 @@ pub enum Table {
     Job,
     /// Invites.
     Invite,
+    /// Erasures of deleted accounts.
+    Erasure,
+    /// Keys and names that may not be registered.
+    Tombstone,
 }
 
 /// A column of a table.
@@ -88,7 +92,7 @@ pub type Row = Vec<Cell>;
 
 impl Table {
     /// All tables, in the order of the transfer.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -105,6 +109,8 @@ impl Table {
         Self::GroupCommit,
         Self::Job,
         Self::Invite,
+        Self::Erasure,
+        Self::Tombstone,
     ];
 
     /// Returns the name of the table in the schemas.
@@ -126,6 +132,8 @@ impl Table {
             Self::GroupCommit => "group_commit",
             Self::Job => "job",
             Self::Invite => "invite",
+            Self::Erasure => "erasure",
+            Self::Tombstone => "tombstone",
         }
     }
 
@@ -148,6 +156,8 @@ impl Table {
             Self::GroupCommit => columns::GROUP_COMMIT,
             Self::Job => columns::JOB,
             Self::Invite => columns::INVITE,
+            Self::Erasure => columns::ERASURE,
+            Self::Tombstone => columns::TOMBSTONE,
         }
     }
 

@@ -10,3 +10,4 @@ CREATE TABLE invite (
 );
 CREATE INDEX invite_created ON invite (created_at, code);
 CREATE INDEX invite_expiry ON invite (expires_at);
+CREATE INDEX invite_username ON invite (username) WHERE username IS NOT NULL;

@@ -1,11 +1,12 @@
-//! Accounts in Postgres. An account is inserted and never replaced: if two edges register the same
-//! name, skeleton or key concurrently, the unique indexes accept one, and the other edge answers
-//! from the stored row.
+//! Accounts in Postgres. An account is inserted and never replaced; `deletion` removes it. If two
+//! edges register the same name, skeleton or key concurrently, the unique indexes accept one, and
+//! the other edge answers from the stored row.
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
+use qpq_domain::{AccountId, IdentityKey, Skeleton, UnixMillis, Username};
 use qpq_ports::{
-    Account, Accounts, Admission, Credentials, NewAccount, Registration, StoreError, StoreResult,
+    Account, Accounts, Admission, Credentials, Deletion, Erasing, ErasureId, NewAccount,
+    Registration, StoreError, StoreResult, identity_tombstone, name_tombstone,
 };
 use sqlx::{PgConnection, postgres::PgRow};
 
@@ -23,21 +24,29 @@ use crate::{
 /// skeleton.
 const MAX_ATTEMPTS: u32 = 8;
 
-/// Inserts an account and its inbox, unless an account without a skeleton exists. Waits for a
-/// concurrent insert of the same name, skeleton or key, and inserts nothing if that one is
-/// committed.
+/// Inserts an account and its inbox, unless an account without a skeleton exists, or the key or the
+/// name of a deleted account has the tombstone $6 or $7. Waits for a concurrent insert of the same
+/// name, skeleton or key, and inserts nothing if that one is committed.
 const INSERT: &str = "
     WITH new AS (
         INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
-        SELECT $1, $2, $3, $4, $5 WHERE NOT EXISTS (SELECT 1 FROM account WHERE skeleton IS NULL)
+        SELECT $1, $2, $3, $4, $5
+         WHERE NOT EXISTS (SELECT 1 FROM account WHERE skeleton IS NULL)
+           AND NOT EXISTS (SELECT 1 FROM tombstone WHERE hash = $6)
+           AND NOT EXISTS (SELECT 1 FROM tombstone
+                            WHERE hash = $7 AND until > least($4, store_now()))
         ON CONFLICT DO NOTHING RETURNING id),
     empty AS (INSERT INTO inbox (id) SELECT id FROM new)
     SELECT id FROM new";
 
-/// Returns whether the skeleton and the identity key are taken.
+/// Returns whether the skeleton $1 belongs to an account, whether the identity key $2 with the
+/// tombstone $3 belongs or belonged to one, and whether the name with the tombstone $4 is reserved
+/// at $5.
 const TAKEN: &str = "
     SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = $1 AND NOT lookalike),
-           EXISTS (SELECT 1 FROM account WHERE identity = $2)";
+           EXISTS (SELECT 1 FROM account WHERE identity = $2)
+           OR EXISTS (SELECT 1 FROM tombstone WHERE hash = $3),
+           EXISTS (SELECT 1 FROM tombstone WHERE hash = $4 AND until > least($5, store_now()))";
 
 const CREDENTIALS: &str = "SELECT id, identity, opaque_record FROM account WHERE username = $1";
 const BY_USERNAME: &str =
@@ -76,6 +85,14 @@ impl Accounts for ClusterStore {
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>> {
         Ok(self.inner.database.run(&FindAccount::ByIdentity(identity)).await?)
     }
+
+    async fn delete(&self, account: AccountId, now: UnixMillis) -> StoreResult<Deletion> {
+        self.delete_account(account, now).await
+    }
+
+    async fn erase(&self, erasure: ErasureId, now: UnixMillis) -> StoreResult<Erasing> {
+        self.erase_batch(erasure, now).await
+    }
 }
 
 /// Registers an account. Returns `None` if the skeleton of another account is not computed yet.
@@ -100,12 +117,15 @@ impl Statement for Register {
         if let Some(refusal) = refusal(connection, new).await? {
             return Ok(Some(refusal));
         }
+        let (key, name) = (identity_tombstone(&new.identity), name_tombstone(skeleton));
         let inserted: Option<i64> = sqlx::query_scalar(INSERT)
             .bind(new.username.as_str())
             .bind(&new.identity.as_bytes()[..])
             .bind(&new.opaque_record[..])
             .bind(millis(new.now))
             .bind(skeleton.as_str())
+            .bind(&key)
+            .bind(&name)
             .fetch_optional(&mut *connection)
             .await?;
         if let Some(id) = inserted {
@@ -118,15 +138,18 @@ impl Statement for Register {
         if let Some(stored) = find_credentials(connection, &new.username).await? {
             return Ok(Some(conflict(new, &stored)));
         }
-        let taken: (bool, bool) = sqlx::query_as(TAKEN)
+        let taken: (bool, bool, bool) = sqlx::query_as(TAKEN)
             .bind(skeleton.as_str())
             .bind(&new.identity.as_bytes()[..])
+            .bind(&key)
+            .bind(&name)
+            .bind(millis(new.now))
             .fetch_one(connection)
             .await?;
         Ok(match taken {
-            (true, _) => Some(Registration::UsernameTaken),
-            (false, true) => Some(Registration::IdentityTaken),
-            (false, false) => None,
+            (true, _, _) | (false, false, true) => Some(Registration::UsernameTaken),
+            (false, true, _) => Some(Registration::IdentityTaken),
+            (false, false, false) => None,
         })
     }
 }

@@ -53,11 +53,12 @@ const CONFIRM: &str = "
 const CLAIM_KEY: &str = "
     INSERT INTO device_key (key, account, device) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
 
-/// Returns whether another device or an account has the key. A separate statement, because it sees
-/// the row that the claim conflicts with.
+/// Returns whether another device or an account has or had the key. A separate statement, because
+/// it sees the row that the claim conflicts with.
 const IS_KEY_OF_OTHER: &str = "
     SELECT EXISTS (SELECT 1 FROM device_key WHERE key = $1 AND (account, device) <> ($2, $3))
-        OR EXISTS (SELECT 1 FROM account WHERE identity = $1)";
+        OR EXISTS (SELECT 1 FROM account WHERE identity = $1)
+        OR EXISTS (SELECT 1 FROM tombstone WHERE hash = sha256('qpq/key/1'::bytea || $1))";
 
 const INSERT: &str = "
     INSERT INTO device (account, device, name, key, proof, registered_at, last_seen_at, upto)
@@ -149,7 +150,7 @@ impl Devices for ClusterStore {
 impl Inner {
     /// Wakes the calls that wait for an inbox, at every edge, because messages that other readers
     /// had leased may be visible to them now.
-    async fn readers_changed(&self, inbox: IdentityKey) {
+    pub(crate) async fn readers_changed(&self, inbox: IdentityKey) {
         let nothing = ToInbox { devices: Some(Vec::new()), messages: Vec::new() };
         let inboxes = HashMap::from([(inbox, nothing)]);
         let accepted = Some(Accepted { store_id: self.history.id(), inboxes });

@@ -9,15 +9,17 @@
 //!   Postgres after a commit.
 //! - `postgres`: operations and the schema; `redis`: one connection, the scripts of the queues;
 //!   `nats`: the bus between edges.
-//! - `tables`: the description of every table, from which `import` generates its statements.
-//! - `inboxes`, `wakes`: the path of a message. `accounts`, `sessions`, `devices`, `groups`,
-//!   `keys`, `limiter`, `account_events`, `maintenance`, `jobs`: one port each.
+//! - `tables`: the description of every table, from which `import` and `deletion` generate their
+//!   statements.
+//! - `inboxes`, `wakes`: the path of a message. `accounts` with `deletion`, `sessions`, `devices`,
+//!   `groups`, `keys`, `limiter`, `account_events`, `maintenance`, `jobs`: one port each.
 //! - `history`: detects a Postgres that has returned to an earlier state; `time`: the clocks of the
 //!   edge and of Postgres; `operate`: the connection for backups and restores.
 
 mod account_events;
 mod accounts;
 mod config;
+mod deletion;
 mod devices;
 mod effects;
 mod endpoints;

@@ -23,6 +23,7 @@ use tokio::time::Instant;
 
 use crate::{
     ClusterStore, ConnectError,
+    deletion::FORGET_NAMES,
     effects::Effects,
     error::{PostgresError, Server},
     groups::FORGET_COMMITS,
@@ -81,6 +82,8 @@ enum Expiring {
     /// Remembered commits of groups.
     Commits,
     Invites,
+    /// Reserved names of deleted accounts.
+    Names,
 }
 
 impl Expiring {
@@ -93,6 +96,7 @@ impl Expiring {
         Self::Given,
         Self::Commits,
         Self::Invites,
+        Self::Names,
     ];
 
     /// Returns the label in metrics.
@@ -106,6 +110,7 @@ impl Expiring {
             Self::Given => "sweep_given_key_packages",
             Self::Commits => "sweep_commits",
             Self::Invites => "sweep_invites",
+            Self::Names => "sweep_reserved_names",
         }
     }
 }
@@ -308,6 +313,7 @@ impl Statement for Sweep<'_> {
                 let query = plain(invites::SWEEP).bind(millis_of(EXPIRED_INVITES));
                 query.execute(connection).await?.rows_affected()
             }
+            Expiring::Names => plain(FORGET_NAMES).execute(connection).await?.rows_affected(),
             Expiring::Sessions => {
                 let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
                 let rows = tokens.len() as u64;

@@ -1,8 +1,8 @@
 //! The description of every table of the schema.
 //!
-//! The tables and statements by which a single node is moved in, and the canonical rows that verify
-//! the transfer, are generated from this description. A test compares it with the schema, so a new
-//! table or column needs an entry here and a migration.
+//! The tables and statements by which a single node is moved in, the canonical rows that verify the
+//! transfer, and the statements that erase a deleted account are generated from this description. A
+//! test compares it with the schema, so a new table or column needs an entry here and a migration.
 
 use std::fmt::Write as _;
 
@@ -13,7 +13,43 @@ use qpq_ports::transfer::{Column as TransferredColumn, ColumnType, Table};
 pub(crate) struct TableDescription {
     name: &'static str,
     content: Content,
+    erased: &'static [Erased],
     columns: &'static [Column],
+}
+
+/// The treatment of a table by the erasure of a deleted account. A table may need several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Erased {
+    /// The rows are deleted whose column has the number of the account.
+    RowsOf(&'static str),
+    /// The messages of the account's inbox are deleted, and the payloads that they share with no
+    /// other message.
+    MessagesOf(&'static str),
+    /// The rows are deleted that name the account's identity key in the column `sender`, in every
+    /// inbox.
+    RowsSentBy { inbox: &'static str, sender: &'static str },
+    /// The rows stay that name the account's identity key in the column `sender`, in every inbox.
+    /// The key is replaced by zeros. The message id, which only the sender could use again, becomes
+    /// NULL.
+    SenderOf { inbox: &'static str, sender: &'static str, message_id: &'static str },
+    /// The column, which has two identity keys one after the other, becomes NULL where one of them
+    /// is the account's.
+    PairsWith(&'static str),
+    /// The account leaves its groups, as by RemoveMember (`groups`).
+    Memberships,
+    /// The rows of the account are deleted. Their keys become tombstones.
+    Keys { account: &'static str, key: &'static str },
+    /// The row of the account is deleted in the last step, when nothing refers to it any more.
+    Last,
+    /// The rows are deleted with the rows of another table that refer to them.
+    With(&'static str),
+    /// The rows are deleted whose column has the account's username, in the step that makes the
+    /// account unusable: later steps do not know the name.
+    RowsNaming(&'static str),
+    /// The rows stay, and do not show whose they were.
+    Tombstones,
+    /// No row belongs to an account.
+    Nothing,
 }
 
 /// The source of the rows of a table.
@@ -46,6 +82,9 @@ enum Role {
     /// The key of a table without accounts, by which canonical rows are found. See
     /// [`Value`](Self::Value).
     Key,
+    /// A key that both stores may have for the same reason. A row whose key exists already is not
+    /// moved. See [`Key`](Self::Key).
+    SharedKey,
     /// The number of an account. The account gets another number here, and the canonical row has
     /// its identity key instead.
     Account,
@@ -90,6 +129,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "account",
         content: Content::Transferred(Table::Account),
+        erased: &[Erased::Last],
         columns: &[
             column("id", Role::RowNumber),
             value("username"),
@@ -105,6 +145,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "session",
         content: Content::Transferred(Table::Session),
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             value("token"),
             column("account", Role::Account),
@@ -117,6 +158,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "inbox",
         content: Content::Transferred(Table::Inbox),
+        erased: &[Erased::RowsOf("id")],
         columns: &[
             column("id", Role::Account),
             value("last_seq"),
@@ -132,6 +174,10 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "message",
         content: Content::Transferred(Table::Message),
+        erased: &[
+            Erased::MessagesOf("inbox"),
+            Erased::SenderOf { inbox: "inbox", sender: "sender", message_id: "message_id" },
+        ],
         columns: &[
             column("inbox", Role::Account),
             value("seq"),
@@ -152,6 +198,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "recent_id",
         content: Content::Transferred(Table::RecentId),
+        erased: &[Erased::RowsOf("inbox"), Erased::RowsSentBy { inbox: "inbox", sender: "sender" }],
         columns: &[
             column("inbox", Role::Account),
             value("sender"),
@@ -166,6 +213,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "key_package",
         content: Content::Transferred(Table::KeyPackage),
+        erased: &[Erased::RowsOf("owner")],
         columns: &[
             column("id", Role::RowNumber),
             // KeyPackages are taken in the order of their upload.
@@ -181,16 +229,19 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "key_package_given",
         content: Content::Transferred(Table::KeyPackageTaken),
+        erased: &[Erased::RowsOf("owner")],
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {
         name: "hybrid_key",
         content: Content::Transferred(Table::HybridKey),
+        erased: &[Erased::RowsOf("owner")],
         columns: &[column("owner", Role::Account), value("key"), value("signature")],
     },
     TableDescription {
         name: "device",
         content: Content::Transferred(Table::Device),
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             column("id", Role::RowNumber),
             // Devices have the order of their registration.
@@ -210,16 +261,19 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "device_done",
         content: Content::Transferred(Table::DeviceCompleted),
+        erased: &[Erased::RowsOf("inbox")],
         columns: &[column("inbox", Role::Account), value("seq"), value("device")],
     },
     TableDescription {
         name: "device_key",
         content: Content::Transferred(Table::DeviceKey),
+        erased: &[Erased::Keys { account: "account", key: "key" }],
         columns: &[value("key"), column("account", Role::Account), value("device")],
     },
     TableDescription {
         name: "mls_group",
         content: Content::Transferred(Table::Group),
+        erased: &[Erased::PairsWith("pair")],
         columns: &[
             column("id", Role::Key),
             value("pair"),
@@ -235,6 +289,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "group_member",
         content: Content::Transferred(Table::GroupMember),
+        erased: &[Erased::Memberships],
         columns: &[
             // Members have the order in which they joined.
             column("id", Role::OrderWithin("group_id")),
@@ -247,6 +302,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "group_commit",
         content: Content::Transferred(Table::GroupCommit),
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             value("group_id"),
             column("account", Role::Account),
@@ -259,6 +315,8 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "job",
         content: Content::Transferred(Table::Job),
+        // A job refers to an account by a random id, never by its number, name or key.
+        erased: &[Erased::Nothing],
         columns: &[
             column("id", Role::Renumbered),
             value("kind"),
@@ -276,6 +334,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "invite",
         content: Content::Transferred(Table::Invite),
+        erased: &[Erased::RowsNaming("username")],
         columns: &[
             column("code", Role::Key),
             value("uses"),
@@ -287,23 +346,47 @@ static TABLES: &[TableDescription] = &[
         ],
     },
     TableDescription {
+        name: "erasure",
+        content: Content::Transferred(Table::Erasure),
+        erased: &[Erased::Last],
+        columns: &[
+            value("id"),
+            column("account", Role::Account),
+            value("identity"),
+            value("deleted_at"),
+            // The erasure begins again after a transfer.
+            local("begun_at"),
+            local("after"),
+        ],
+    },
+    TableDescription {
+        name: "tombstone",
+        content: Content::Transferred(Table::Tombstone),
+        erased: &[Erased::Tombstones],
+        columns: &[column("hash", Role::SharedKey), column("until", Role::Set("t.until"))],
+    },
+    TableDescription {
         name: "payload",
         content: Content::Local,
+        erased: &[Erased::With("message")],
         columns: &[local("id"), local("refs"), local("bytes")],
     },
     TableDescription {
         name: "cluster",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("singleton"), local("opaque_setup")],
     },
     TableDescription {
         name: "heartbeat",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("singleton"), local("beats")],
     },
     TableDescription {
         name: "store",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("singleton"), local("salt")],
     },
 ];
@@ -327,7 +410,7 @@ impl TableDescription {
                     format!("t.{name}")
                 }
                 Role::Renumbered => "t.moved".to_owned(),
-                Role::UniqueKey => {
+                Role::UniqueKey | Role::SharedKey => {
                     conflict = " ON CONFLICT DO NOTHING";
                     format!("t.{name}")
                 }
@@ -373,7 +456,7 @@ impl TableDescription {
                 Role::LargeValue => cells.push(format!("sha256(t.{name})")),
                 Role::Flag => cells.push(format!("t.{name}::int::bigint")),
                 Role::SmallNumber => cells.push(format!("t.{name}::bigint")),
-                Role::Key => {
+                Role::Key | Role::SharedKey => {
                     cells.push(format!("t.{name}"));
                     (moved, key) = (format!("import_{}", self.name), (*name, *name));
                 }
@@ -452,6 +535,149 @@ pub(crate) const fn sql_type(kind: ColumnType) -> &'static str {
         ColumnType::Text => "text",
         ColumnType::Bytes => "bytea",
     }
+}
+
+/// A statement of an erasure, generated from a description.
+#[derive(Debug)]
+pub(crate) enum ErasureStep {
+    /// Deletes rows of the account: $1 account, $2 maximum rows. Returns their number.
+    DeleteRows(String),
+    /// Removes the identity key from pairs: $1 identity key, $2 maximum rows. Returns the number of
+    /// changed rows.
+    ForgetPairs(String),
+    /// Removes the account from its groups.
+    LeaveGroups,
+    /// Replaces keys by tombstones: $1 account, $2 maximum rows. Returns the number of keys.
+    BuryKeys(String),
+}
+
+/// The statements of an erasure.
+#[derive(Debug)]
+pub(crate) struct ErasureSteps {
+    /// Statements for the account's own rows, in an order in which no remaining row refers to a
+    /// deleted one.
+    pub(crate) own: Vec<ErasureStep>,
+    /// Statements for a range of inboxes that have messages of the account: $1 identity key, $2 the
+    /// inbox before the first, $3 the last inbox, $4 maximum rows. Each returns the number of
+    /// changed rows.
+    pub(crate) in_inboxes: Vec<String>,
+    /// Statements of the step that makes the account unusable: $1 the username.
+    pub(crate) of_name: Vec<String>,
+}
+
+impl ErasureSteps {
+    /// Generates the statements from the descriptions.
+    pub(crate) fn generate() -> Self {
+        let (mut own, mut in_inboxes, mut of_name) = (Vec::new(), Vec::new(), Vec::new());
+        // A table is described after the tables that it refers to.
+        for TableDescription { name, erased, .. } in TABLES.iter().rev() {
+            for erased in *erased {
+                match erased {
+                    Erased::RowsOf(column) => {
+                        own.push(ErasureStep::DeleteRows(delete_rows_of(name, column)));
+                    }
+                    Erased::MessagesOf(inbox) => {
+                        own.push(ErasureStep::DeleteRows(delete_messages_of(name, inbox)));
+                    }
+                    Erased::PairsWith(pair) => own.extend(forget_pairs(name, pair)),
+                    Erased::Memberships => own.push(ErasureStep::LeaveGroups),
+                    Erased::Keys { account, key } => {
+                        own.push(ErasureStep::BuryKeys(bury_keys(name, account, key)));
+                    }
+                    Erased::RowsSentBy { inbox, sender } => {
+                        in_inboxes.push(delete_sent_by(name, inbox, sender));
+                    }
+                    Erased::SenderOf { inbox, sender, message_id } => {
+                        in_inboxes.push(forget_sender(name, inbox, sender, message_id));
+                    }
+                    Erased::RowsNaming(column) => {
+                        of_name.push(format!("DELETE FROM {name} WHERE {column} = $1"));
+                    }
+                    Erased::Last | Erased::With(_) | Erased::Tombstones | Erased::Nothing => {}
+                }
+            }
+        }
+        Self { own, in_inboxes, of_name }
+    }
+}
+
+/// Locks the rows first: a row that another transaction changes meanwhile has another `ctid`.
+fn delete_rows_of(name: &str, column: &str) -> String {
+    format!(
+        "WITH removed AS (
+             DELETE FROM {name} WHERE ctid = ANY (ARRAY (
+                 SELECT ctid FROM {name} WHERE {column} = $1 LIMIT $2 FOR UPDATE)) RETURNING 1)
+         SELECT count(*) FROM removed"
+    )
+}
+
+fn delete_messages_of(name: &str, inbox: &str) -> String {
+    let counted_down = crate::inboxes::COUNTED_DOWN;
+    format!(
+        "WITH due AS (SELECT seq FROM {name} WHERE {inbox} = $1 ORDER BY seq LIMIT $2 FOR UPDATE),
+         removed AS (
+             DELETE FROM {name} m USING due d WHERE m.{inbox} = $1 AND m.seq = d.seq
+             RETURNING m.payload_id){counted_down}
+         SELECT count(*) FROM removed"
+    )
+}
+
+fn forget_pairs(name: &str, pair: &str) -> [ErasureStep; 2] {
+    [1, 33].map(|first| {
+        ErasureStep::ForgetPairs(format!(
+            "WITH changed AS (
+                 UPDATE {name} SET {pair} = NULL WHERE id = ANY (ARRAY (
+                     SELECT id FROM {name}
+                      WHERE substr({pair}, {first}, 32) = $1 AND {pair} IS NOT NULL
+                      ORDER BY id LIMIT $2 FOR NO KEY UPDATE)) RETURNING 1)
+             SELECT count(*) FROM changed"
+        ))
+    })
+}
+
+fn bury_keys(name: &str, account: &str, key: &str) -> String {
+    format!(
+        "WITH removed AS (
+             DELETE FROM {name} WHERE {key} = ANY (ARRAY (
+                 SELECT {key} FROM {name} WHERE {account} = $1 LIMIT $2)) RETURNING {key}),
+         buried AS (
+             INSERT INTO tombstone (hash) SELECT sha256('qpq/key/1'::bytea || {key}) FROM removed
+             ON CONFLICT DO NOTHING)
+         SELECT count(*) FROM removed"
+    )
+}
+
+fn delete_sent_by(name: &str, inbox: &str, sender: &str) -> String {
+    format!(
+        "WITH removed AS (
+             DELETE FROM {name} WHERE ctid = ANY (ARRAY (
+                 SELECT t.ctid FROM inbox i JOIN {name} t ON t.{inbox} = i.id
+                  WHERE i.id > $2 AND i.id <= $3 AND t.{sender} = $1
+                  LIMIT $4 FOR UPDATE OF t)) RETURNING 1)
+         SELECT count(*) FROM removed"
+    )
+}
+
+/// Looks the messages with and without an id up separately, because each have an index.
+fn forget_sender(name: &str, inbox: &str, sender: &str, message_id: &str) -> String {
+    let with = |condition: &str| {
+        format!(
+            "(SELECT {inbox}, seq FROM {name}
+               WHERE {inbox} = i.id AND {sender} = $1 AND {message_id} {condition} LIMIT $4)"
+        )
+    };
+    let (with_id, without_id) = (with("IS NOT NULL"), with("IS NULL"));
+    format!(
+        "WITH found AS MATERIALIZED (
+             SELECT x.{inbox}, x.seq
+               FROM inbox i CROSS JOIN LATERAL ({with_id} UNION ALL {without_id}) x
+              WHERE i.id > $2 AND i.id <= $3 LIMIT $4),
+         changed AS (
+             UPDATE {name} m
+                SET {sender} = decode(repeat('00', 32), 'hex'), {message_id} = NULL
+               FROM found f WHERE m.{inbox} = f.{inbox} AND m.seq = f.seq RETURNING 1)
+         SELECT count(*) FROM changed"
+    )
 }
 
 #[cfg(test)]

@@ -1,8 +1,11 @@
-//! Accounts in SQLite. An account is inserted and never replaced.
+//! Accounts in SQLite. An account is inserted and never replaced. `deletion` removes it.
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, Skeleton, Username};
-use qpq_ports::{Account, Accounts, Admission, Credentials, NewAccount, Registration, StoreResult};
+use qpq_domain::{AccountId, IdentityKey, Skeleton, UnixMillis, Username};
+use qpq_ports::{
+    Account, Accounts, Admission, Credentials, Deletion, Erasing, ErasureId, NewAccount,
+    Registration, StoreResult, identity_tombstone, name_tombstone,
+};
 use sqlx::{Connection as _, Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
@@ -16,7 +19,8 @@ use crate::{
 #[async_trait]
 impl Accounts for EmbeddedStore {
     async fn register(&self, account: NewAccount) -> StoreResult<Registration> {
-        self.writer.run(Register(account)).await
+        let known_at = self.memory.clock.bounds(account.now).earliest;
+        self.writer.run(Register { account, known_at }).await
     }
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
@@ -45,6 +49,14 @@ impl Accounts for EmbeddedStore {
             .and_then(|row| row.as_ref().map(account).transpose())
             .map_err(read_failed)
     }
+
+    async fn delete(&self, account: AccountId, now: UnixMillis) -> StoreResult<Deletion> {
+        self.delete_account(account, now).await
+    }
+
+    async fn erase(&self, erasure: ErasureId, now: UnixMillis) -> StoreResult<Erasing> {
+        self.erase_batch(erasure, now).await
+    }
 }
 
 fn credentials(row: &SqliteRow) -> sqlx::Result<Credentials> {
@@ -66,14 +78,33 @@ fn account(row: &SqliteRow) -> sqlx::Result<Account> {
 
 /// Inserts an account and its inbox, and counts the use of its invite, or finds the reason for a
 /// refusal.
-struct Register(NewAccount);
+struct Register {
+    account: NewAccount,
+    /// A name that was reserved until an earlier instant is free.
+    known_at: UnixMillis,
+}
+
+/// ?6 and ?7: the tombstones of the key and of the name. ?8: now.
+const INSERT: &str = "
+    INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
+    SELECT ?1, ?2, ?3, ?4, ?5
+     WHERE NOT EXISTS (SELECT 1 FROM tombstone WHERE hash = ?6 AND until IS NULL)
+       AND NOT EXISTS (SELECT 1 FROM tombstone WHERE hash = ?7 AND until > ?8)
+        ON CONFLICT DO NOTHING RETURNING id";
+
+/// Returns whether the skeleton ?1 belongs to an account, and whether the key ?2 with the tombstone
+/// ?3 belongs or belonged to one.
+const TAKEN: &str = "
+    SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = ?1 AND lookalike = 0),
+           EXISTS (SELECT 1 FROM account WHERE identity = ?2)
+           OR EXISTS (SELECT 1 FROM tombstone WHERE hash = ?3 AND until IS NULL)";
 
 impl Statement for Register {
     type Answer = Registration;
     const NAME: &'static str = "register account";
 
     fn bytes(&self) -> usize {
-        SMALL + self.0.opaque_record.len()
+        SMALL + self.account.opaque_record.len()
     }
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Registration>> {
@@ -82,7 +113,7 @@ impl Statement for Register {
         }
         let registration = match self.insert(tx).await? {
             Some(account) => {
-                if let Some(code) = self.0.admission.invite() {
+                if let Some(code) = self.account.admission.invite() {
                     invites::count_use(tx, code).await?;
                 }
                 Registration::Registered(account)
@@ -97,7 +128,7 @@ impl Register {
     /// Returns the refusal of a registration whose invite does not allow it. A repeat of a
     /// registration needs no invite, since the registration may have used it up.
     async fn refusal(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<Registration>> {
-        let new = &self.0;
+        let new = &self.account;
         let Some(code) = new.admission.invite() else { return Ok(None) };
         let valid = invites::find_valid(tx, code, &new.username, new.now).await?;
         let refusal = match (new.admission, valid) {
@@ -115,18 +146,19 @@ impl Register {
     }
 
     async fn insert(&self, tx: &mut SqliteConnection) -> sqlx::Result<Option<AccountId>> {
-        let new = &self.0;
-        let inserted: Option<i64> = sqlx::query_scalar(
-            "INSERT INTO account (username, identity, opaque_record, created_at, skeleton)
-             VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING RETURNING id",
-        )
-        .bind(new.username.as_str())
-        .bind(&new.identity.as_bytes()[..])
-        .bind(&new.opaque_record[..])
-        .bind(millis(new.now))
-        .bind(new.username.skeleton().as_str())
-        .fetch_optional(&mut *tx)
-        .await?;
+        let new = &self.account;
+        let skeleton = new.username.skeleton();
+        let inserted: Option<i64> = sqlx::query_scalar(INSERT)
+            .bind(new.username.as_str())
+            .bind(&new.identity.as_bytes()[..])
+            .bind(&new.opaque_record[..])
+            .bind(millis(new.now))
+            .bind(skeleton.as_str())
+            .bind(identity_tombstone(&new.identity))
+            .bind(name_tombstone(&skeleton))
+            .bind(millis(self.known_at))
+            .fetch_optional(&mut *tx)
+            .await?;
         if let Some(id) = inserted {
             sqlx::query("INSERT INTO inbox (id) VALUES (?1)").bind(id).execute(tx).await?;
         }
@@ -134,7 +166,7 @@ impl Register {
     }
 
     async fn conflict(&self, tx: &mut SqliteConnection) -> sqlx::Result<Registration> {
-        let new = &self.0;
+        let new = &self.account;
         let existing =
             sqlx::query("SELECT id, identity, opaque_record FROM account WHERE username = ?1")
                 .bind(new.username.as_str())
@@ -150,13 +182,17 @@ impl Register {
                 Registration::UsernameTaken
             });
         }
-        let is_lookalike: bool = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT 1 FROM account WHERE skeleton = ?1 AND lookalike = 0)",
-        )
-        .bind(new.username.skeleton().as_str())
-        .fetch_one(tx)
-        .await?;
-        Ok(if is_lookalike { Registration::UsernameTaken } else { Registration::IdentityTaken })
+        let taken: (bool, bool) = sqlx::query_as(TAKEN)
+            .bind(new.username.skeleton().as_str())
+            .bind(&new.identity.as_bytes()[..])
+            .bind(identity_tombstone(&new.identity))
+            .fetch_one(tx)
+            .await?;
+        Ok(match taken {
+            (false, true) => Registration::IdentityTaken,
+            // Without a reason of the key, the name belongs to an account or is reserved.
+            (true, _) | (false, false) => Registration::UsernameTaken,
+        })
     }
 }
 

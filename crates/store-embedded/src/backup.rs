@@ -174,7 +174,7 @@ async fn count(connection: &mut SqliteConnection) -> sqlx::Result<Vec<(String, u
 ///
 /// Removed messages leave gaps in an inbox, so its seqs need not be contiguous. No seq is beyond
 /// the last one that was assigned, and the indexes prevent that a seq is used twice.
-const RULES: [(&str, &str); 4] = [
+const RULES: [(&str, &str); 5] = [
     (
         "inboxes with a message whose seq was never assigned",
         "SELECT count(DISTINCT m.inbox) FROM message m JOIN inbox i ON i.id = m.inbox
@@ -188,8 +188,15 @@ const RULES: [(&str, &str); 4] = [
           WHERE i.messages <> coalesce(m.n, 0) OR i.bytes <> coalesce(m.b, 0)",
     ),
     (
-        "messages without an inbox",
-        "SELECT count(*) FROM message m WHERE NOT EXISTS (SELECT 1 FROM inbox i WHERE i.id = m.inbox)",
+        "messages of no account",
+        "SELECT count(*) FROM message m
+          WHERE NOT EXISTS (SELECT 1 FROM account a WHERE a.id = m.inbox)",
+    ),
+    (
+        // A deleted account has no inbox, and may have messages until it is erased.
+        "accounts without an inbox",
+        "SELECT count(*) FROM account a WHERE a.username NOT LIKE 'deleted:%'
+            AND NOT EXISTS (SELECT 1 FROM inbox i WHERE i.id = a.id)",
     ),
     (
         "message ids remembered of a seq that was never assigned",

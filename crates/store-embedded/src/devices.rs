@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use qpq_domain::{AccountId, DeviceId, DeviceKey, IdentityKey, MAX_DEVICES, Seq, UnixMillis};
 use qpq_ports::{
     CertifiedKey, Device, DeviceRegistration, DeviceRevocation, Devices, NewDevice, StoreResult,
-    View,
+    View, key_tombstone,
 };
 use sqlx::{
     Row as _, SqliteConnection,
@@ -126,12 +126,13 @@ const FIND: &str = "SELECT key, proof FROM device WHERE account = ?1 AND device 
 
 const RENAME: &str = "UPDATE device SET name = ?3 WHERE account = ?1 AND device = ?2";
 
-/// Selects whether the key ?3 belongs to another device than ?2 of the account ?1 or to an account,
-/// and the number of the account's devices.
+/// Selects whether the key ?3 belongs to another device than ?2 of the account ?1, to an account or
+/// to a deleted one, as its tombstone ?4 shows, and the number of the account's devices.
 const REFUSAL: &str = "
     SELECT EXISTS (SELECT 1 FROM device_key
                     WHERE key = ?3 AND (account <> ?1 OR device <> ?2))
-           OR EXISTS (SELECT 1 FROM account WHERE identity = ?3) AS taken,
+           OR EXISTS (SELECT 1 FROM account WHERE identity = ?3)
+           OR EXISTS (SELECT 1 FROM tombstone WHERE hash = ?4 AND until IS NULL) AS taken,
            (SELECT count(*) FROM device WHERE account = ?1) AS devices";
 
 /// The first device starts at the beginning of the inbox, a later one after the newest message.
@@ -176,6 +177,7 @@ impl RegisterDevice {
             .bind(self.device.account.0)
             .bind(self.id())
             .bind(key.as_ref().map(|key| &key.as_bytes()[..]))
+            .bind(key.as_ref().map(|key| key_tombstone(key.as_bytes())))
             .fetch_one(tx)
             .await?;
         Ok(if row.try_get("taken")? {

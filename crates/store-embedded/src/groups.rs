@@ -14,6 +14,7 @@ use qpq_ports::{
 };
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
+pub(crate) use self::change::leave_groups;
 use self::{
     change::{AddMembers, CreateGroup, RemoveMember, UpdateMetadata},
     send::SendToGroup,
@@ -126,12 +127,15 @@ const INFO: &str = "
                     WHERE m.group_id = g.id AND m.account = ?2) AS is_member
       FROM mls_group g WHERE g.id = ?1";
 
-// ?1 group, ?2 the last member of the previous page, ?3 maximum rows.
+// ?1 group, ?2 the last member of the previous page, ?3 maximum rows. A deleted account has no
+// inbox, and is a member until the erasure removes it.
 const PAGE: &str = "
     SELECT m.id, a.identity, a.username, m.role, m.joined_at
       FROM group_member m INDEXED BY group_member_joined
            CROSS JOIN account a ON a.id = m.account
-     WHERE m.group_id = ?1 AND m.id > ?2 ORDER BY m.id LIMIT +?3";
+     WHERE m.group_id = ?1 AND m.id > ?2
+       AND EXISTS (SELECT 1 FROM inbox i WHERE i.id = m.account)
+     ORDER BY m.id LIMIT +?3";
 
 #[cfg(test)]
 pub(crate) fn statements() -> impl Iterator<Item = &'static str> {

@@ -22,7 +22,7 @@
 //! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
-//! | `accounts`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `accounts`, `deletion`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
 //! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
 mod absence;
@@ -31,6 +31,7 @@ mod accounts;
 mod backup;
 mod clock;
 mod damage;
+mod deletion;
 mod devices;
 mod directory;
 mod effects;

@@ -15,6 +15,7 @@ use crate::{
     absence::{Absence, MoveAbsent, Moved},
     clock::{Bounds, ClockGuard},
     damage::CheckStructure,
+    deletion::SweepNames,
     effects::Effects,
     error::read_failed,
     groups::send::SweepCommits,
@@ -57,9 +58,10 @@ impl Maintenance for EmbeddedStore {
         let sessions = self.writer.run(SweepSessions { now }).await?;
         let commits = self.writer.run(SweepCommits { now }).await?;
         let invites = self.writer.run(SweepInvites { now }).await?;
+        let names = self.writer.run(SweepNames { now }).await?;
         let moved = self.move_absent(bounds).await?;
         Ok(Swept {
-            rows: messages + ids + key_packages + sessions + commits + invites + moved.rows,
+            rows: messages + ids + key_packages + sessions + commits + invites + names + moved.rows,
             moved: moved.account.into_iter().collect(),
         })
     }

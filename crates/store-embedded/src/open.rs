@@ -77,6 +77,8 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4096")
         .pragma("journal_size_limit", "67108864")
+        // Deleted rows are overwritten, so that the file has nothing of an erased account.
+        .pragma("secure_delete", "on")
         // For the temporary tables of inserts.
         .pragma("temp_store", "memory")
         // All statements of the writer stay compiled. The inserts of messages alone are 66.

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, TokenHash, UnixMillis};
-use qpq_ports::{NewSession, Session, Sessions, StoreResult};
+use qpq_ports::{NewSession, Session, SessionCreation, Sessions, StoreResult};
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
 
 #[async_trait]
 impl Sessions for EmbeddedStore {
-    async fn create(&self, session: NewSession) -> StoreResult<()> {
+    async fn create(&self, session: NewSession) -> StoreResult<SessionCreation> {
         self.writer.run(Create(session)).await
     }
 
@@ -77,15 +77,17 @@ fn session(row: &SqliteRow) -> sqlx::Result<Session> {
 struct Create(NewSession);
 
 impl Statement for Create {
-    type Answer = ();
+    type Answer = SessionCreation;
     const NAME: &'static str = "create session";
 
-    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<()>> {
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<SessionCreation>> {
         let NewSession { token, session } = &self.0;
-        // A token is 256 random bits, so a conflict is a repeat of the same creation.
-        sqlx::query(
+        // A token is 256 random bits, so the row with the token is of a repeat of the same
+        // creation.
+        let created = sqlx::query(
             "INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
+             SELECT ?1, a.id, ?3, ?4, ?5, ?6 FROM account a WHERE a.id = ?2 AND a.identity = ?7
+                 ON CONFLICT DO UPDATE SET expires_at = excluded.expires_at",
         )
         .bind(&token.as_bytes()[..])
         .bind(session.account.0)
@@ -93,9 +95,13 @@ impl Statement for Create {
         .bind(millis(session.authenticated_at))
         .bind(millis(session.last_used_at))
         .bind(millis(session.expires_at))
+        .bind(&session.identity.as_bytes()[..])
         .execute(tx)
         .await?;
-        Ok(Done::keep(()))
+        Ok(Done::keep(match created.rows_affected() {
+            0 => SessionCreation::NoAccount,
+            _ => SessionCreation::Created,
+        }))
     }
 }
 

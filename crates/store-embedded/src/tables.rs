@@ -1,8 +1,8 @@
 //! The description of every table of the schema.
 //!
-//! The column lists of the export and the canonical rows that verify a transfer are generated from
-//! these descriptions. A test compares them with the schema, so a new table or column needs an
-//! entry here.
+//! The column lists of the export, the canonical rows that verify a transfer, and the statements
+//! that erase a deleted account are generated from these descriptions. A test compares them with
+//! the schema, so a new table or column needs an entry here.
 
 use qpq_ports::transfer::Table;
 
@@ -11,7 +11,40 @@ use qpq_ports::transfer::Table;
 pub(crate) struct TableDescription {
     pub(crate) name: &'static str,
     content: Content,
+    erased: &'static [Erased],
     columns: &'static [Column],
+}
+
+/// The treatment of a table by the erasure of a deleted account. A table may need several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Erased {
+    /// The rows are deleted whose column has the number of the account.
+    RowsOf(&'static str),
+    /// The rows are deleted that name the account's identity key in the column `sender`, in every
+    /// inbox.
+    RowsSentBy { inbox: &'static str, sender: &'static str },
+    /// The rows stay that name the account's identity key in the column `sender`, in every inbox.
+    /// The key is replaced by zeros. The message id, which only the sender could use again, becomes
+    /// NULL.
+    SenderOf { inbox: &'static str, sender: &'static str, message_id: &'static str },
+    /// The column, which has two identity keys one after the other, becomes NULL where one of them
+    /// is the account's.
+    PairsWith(&'static str),
+    /// The account leaves its groups, as by RemoveMember (`groups`).
+    Memberships,
+    /// The rows of the account are deleted. Their keys become tombstones.
+    Keys { account: &'static str, key: &'static str },
+    /// The row of the account is deleted in the last step, when nothing refers to it any more.
+    Last,
+    /// A trigger deletes the rows with the rows of another table that refer to them.
+    With(&'static str),
+    /// The rows are deleted whose column has the account's username, in the step that makes the
+    /// account unusable: later steps do not know the name.
+    RowsNaming(&'static str),
+    /// The rows stay, and do not show whose they were.
+    Tombstones,
+    /// No row belongs to an account.
+    Nothing,
 }
 
 /// The treatment of a table by a transfer to a cluster.
@@ -48,7 +81,7 @@ enum Role {
     /// A number that only this store uses. It orders the rows that have the same value in the named
     /// column. The canonical row has the position in that order.
     OrderWithin(&'static str),
-    /// A number that only this store uses. Not in canonical rows.
+    /// A number that is moved and not compared. Not in canonical rows.
     RowNumber,
     /// The key of a row that the cluster may have already. Rows with a key are left out of the
     /// canonical rows.
@@ -80,6 +113,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "account",
         content: Content::Transferred { to: Table::Account, key: 1 },
+        erased: &[Erased::Last],
         columns: &[
             column("id", Role::RowNumber),
             value("username"),
@@ -93,6 +127,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "session",
         content: Content::Transferred { to: Table::Session, key: 1 },
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             value("token"),
             column("account", Role::Account),
@@ -105,6 +140,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "inbox",
         content: Content::Transferred { to: Table::Inbox, key: 1 },
+        erased: &[Erased::RowsOf("id")],
         columns: &[
             column("id", Role::Account),
             value("last_seq"),
@@ -117,6 +153,10 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "message",
         content: Content::Transferred { to: Table::Message, key: 1 },
+        erased: &[
+            Erased::RowsOf("inbox"),
+            Erased::SenderOf { inbox: "inbox", sender: "sender", message_id: "message_id" },
+        ],
         columns: &[
             column("id", Role::RowNumber),
             column("inbox", Role::Account),
@@ -136,6 +176,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "recent_id",
         content: Content::Transferred { to: Table::RecentId, key: 3 },
+        erased: &[Erased::RowsOf("inbox"), Erased::RowsSentBy { inbox: "inbox", sender: "sender" }],
         columns: &[
             column("inbox", Role::Account),
             value("sender"),
@@ -150,6 +191,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "key_package",
         content: Content::Transferred { to: Table::KeyPackage, key: 1 },
+        erased: &[Erased::RowsOf("owner")],
         columns: &[
             column("id", Role::RowNumber),
             // Packages are taken in the order of their upload.
@@ -165,16 +207,19 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "key_package_given",
         content: Content::Transferred { to: Table::KeyPackageTaken, key: 2 },
+        erased: &[Erased::RowsOf("owner")],
         columns: &[column("owner", Role::Account), value("fingerprint"), value("not_after")],
     },
     TableDescription {
         name: "hybrid_key",
         content: Content::Transferred { to: Table::HybridKey, key: 1 },
+        erased: &[Erased::RowsOf("owner")],
         columns: &[column("owner", Role::Account), value("key"), value("signature")],
     },
     TableDescription {
         name: "device",
         content: Content::Transferred { to: Table::Device, key: 1 },
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             column("id", Role::RowNumber),
             // Devices are listed in the order of their registration.
@@ -192,16 +237,19 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "device_done",
         content: Content::Transferred { to: Table::DeviceCompleted, key: 3 },
+        erased: &[Erased::RowsOf("inbox")],
         columns: &[column("inbox", Role::Account), value("seq"), value("device")],
     },
     TableDescription {
         name: "device_key",
         content: Content::Transferred { to: Table::DeviceKey, key: 1 },
+        erased: &[Erased::Keys { account: "account", key: "key" }],
         columns: &[value("key"), column("account", Role::Account), value("device")],
     },
     TableDescription {
         name: "mls_group",
         content: Content::Transferred { to: Table::Group, key: 1 },
+        erased: &[Erased::PairsWith("pair")],
         columns: &[
             value("id"),
             value("pair"),
@@ -217,6 +265,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "group_member",
         content: Content::Transferred { to: Table::GroupMember, key: 1 },
+        erased: &[Erased::Memberships],
         columns: &[
             // The order in which members joined decides which member follows the last admin.
             column("id", Role::OrderWithin("group_id")),
@@ -229,6 +278,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "group_commit",
         content: Content::Transferred { to: Table::GroupCommit, key: 3 },
+        erased: &[Erased::RowsOf("account")],
         columns: &[
             value("group_id"),
             column("account", Role::Account),
@@ -241,6 +291,8 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "job",
         content: Content::Transferred { to: Table::Job, key: 1 },
+        // A job refers to an account by a random id, never by its number, name or key.
+        erased: &[Erased::Nothing],
         columns: &[
             column("id", Role::RowNumber),
             value("kind"),
@@ -258,6 +310,7 @@ static TABLES: &[TableDescription] = &[
     TableDescription {
         name: "invite",
         content: Content::Transferred { to: Table::Invite, key: 1 },
+        erased: &[Erased::RowsNaming("username")],
         columns: &[
             value("code"),
             value("uses"),
@@ -268,25 +321,49 @@ static TABLES: &[TableDescription] = &[
             value("expires_at"),
         ],
     },
+    TableDescription {
+        name: "erasure",
+        content: Content::Transferred { to: Table::Erasure, key: 1 },
+        erased: &[Erased::Last],
+        columns: &[
+            value("id"),
+            column("account", Role::Account),
+            value("identity"),
+            value("deleted_at"),
+            // The erasure begins again after a transfer.
+            column("begun_at", Role::Derived),
+            column("after", Role::Derived),
+        ],
+    },
+    TableDescription {
+        name: "tombstone",
+        content: Content::Transferred { to: Table::Tombstone, key: 1 },
+        erased: &[Erased::Tombstones],
+        columns: &[value("hash"), column("until", Role::RowNumber)],
+    },
     // The rows of `payload` are moved as the payloads of their messages.
     TableDescription {
         name: "payload",
         content: Content::Local,
+        erased: &[Erased::With("message")],
         columns: &[local("id"), local("bytes")],
     },
     TableDescription {
         name: "heartbeat",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("id"), local("beats"), local("load"), local("clean")],
     },
     TableDescription {
         name: "store",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("id"), local("store_id")],
     },
     TableDescription {
         name: "clock",
         content: Content::Local,
+        erased: &[Erased::Nothing],
         columns: &[local("id"), local("believed"), local("shown"), local("proved")],
     },
 ];
@@ -382,6 +459,127 @@ impl TableDescription {
     fn moved_columns(&self) -> impl Iterator<Item = &'static Column> {
         let is_moved = |column: &&Column| !matches!(column.role, Role::Derived | Role::Local);
         self.columns.iter().filter(is_moved)
+    }
+}
+
+/// A statement of an erasure, generated from a description.
+#[derive(Debug)]
+pub(crate) enum ErasureStep {
+    /// Deletes rows of the account: ?1 account, ?2 maximum rows.
+    DeleteRows(String),
+    /// Removes the identity key from pairs: ?1 identity key, ?2 maximum rows.
+    ForgetPairs(String),
+    /// Removes the account from its groups.
+    LeaveGroups,
+    /// Replaces keys by tombstones. `find` returns keys: ?1 account, ?2 maximum rows. `delete`
+    /// deletes the row of the key ?1.
+    BuryKeys { find: String, delete: String },
+}
+
+/// The statements of an erasure.
+#[derive(Debug)]
+pub(crate) struct ErasureSteps {
+    /// Statements for the account's own rows, in an order in which no remaining row refers to a
+    /// deleted one.
+    pub(crate) own: Vec<ErasureStep>,
+    /// Statements for a range of inboxes that have messages of the account: ?1 identity key, ?2 the
+    /// inbox before the first, ?3 the last inbox, ?4 maximum rows.
+    pub(crate) in_inboxes: Vec<String>,
+    /// Statements of the step that makes the account unusable: ?1 the username.
+    pub(crate) of_name: Vec<String>,
+}
+
+impl ErasureSteps {
+    /// Generates the statements from the descriptions.
+    pub(crate) fn generate() -> Self {
+        let (mut own, mut in_inboxes, mut of_name) = (Vec::new(), Vec::new(), Vec::new());
+        // A table is described after the tables that it refers to.
+        for table in TABLES.iter().rev() {
+            for erased in table.erased {
+                match *erased {
+                    Erased::RowsOf(column) => {
+                        own.push(ErasureStep::DeleteRows(table.delete_rows_of(column)));
+                    }
+                    Erased::PairsWith(pair) => own.extend(table.forget_pairs(pair)),
+                    Erased::Memberships => own.push(ErasureStep::LeaveGroups),
+                    Erased::Keys { account, key } => own.push(table.bury_keys(account, key)),
+                    Erased::RowsSentBy { inbox, sender } => {
+                        in_inboxes.push(table.delete_sent_by(inbox, sender));
+                    }
+                    Erased::SenderOf { inbox, sender, message_id } => {
+                        in_inboxes.extend(table.forget_sender(inbox, sender, message_id));
+                    }
+                    Erased::RowsNaming(column) => {
+                        of_name.push(format!("DELETE FROM {} WHERE {column} = ?1", table.name));
+                    }
+                    Erased::Last | Erased::With(_) | Erased::Tombstones | Erased::Nothing => {}
+                }
+            }
+        }
+        Self { own, in_inboxes, of_name }
+    }
+}
+
+impl TableDescription {
+    /// Returns the columns that identify a row, as a list in SQL.
+    fn row_key(&self) -> String {
+        self.moved().map_or_else(|| "rowid".to_owned(), |_| self.key_list())
+    }
+
+    fn delete_rows_of(&self, column: &str) -> String {
+        let (name, key) = (self.name, self.row_key());
+        format!(
+            "DELETE FROM {name} WHERE ({key}) IN (
+                 SELECT {key} FROM {name} WHERE {column} = ?1 LIMIT +?2)"
+        )
+    }
+
+    fn forget_pairs(&self, pair: &str) -> [ErasureStep; 2] {
+        let (name, key) = (self.name, self.row_key());
+        [1, 33].map(|first| {
+            ErasureStep::ForgetPairs(format!(
+                "UPDATE {name} SET {pair} = NULL WHERE ({key}) IN (
+                     SELECT {key} FROM {name}
+                      WHERE substr({pair}, {first}, 32) = ?1 AND {pair} IS NOT NULL LIMIT +?2)"
+            ))
+        })
+    }
+
+    fn bury_keys(&self, account: &str, key: &str) -> ErasureStep {
+        let name = self.name;
+        ErasureStep::BuryKeys {
+            find: format!("SELECT {key} FROM {name} WHERE {account} = ?1 LIMIT +?2"),
+            delete: format!("DELETE FROM {name} WHERE {key} = ?1"),
+        }
+    }
+
+    /// Returns the rows of a sender in a range of inboxes, as a query in SQL.
+    fn sent_by(&self, inbox: &str, sender: &str, also: &str) -> String {
+        let name = self.name;
+        let key: Vec<_> = self.row_key().split(", ").map(|column| format!("t.{column}")).collect();
+        let key = key.join(", ");
+        format!(
+            "SELECT {key} FROM inbox i CROSS JOIN {name} t
+              WHERE i.id > ?2 AND i.id <= ?3 AND t.{inbox} = i.id AND t.{sender} = ?1{also}
+              LIMIT +?4"
+        )
+    }
+
+    fn delete_sent_by(&self, inbox: &str, sender: &str) -> String {
+        let (name, key, rows) = (self.name, self.row_key(), self.sent_by(inbox, sender, ""));
+        format!("DELETE FROM {name} WHERE ({key}) IN ({rows})")
+    }
+
+    /// Two statements, because the messages with and without an id have an index each.
+    fn forget_sender(&self, inbox: &str, sender: &str, message_id: &str) -> [String; 2] {
+        let (name, key) = (self.name, self.row_key());
+        ["IS NOT NULL", "IS NULL"].map(|condition| {
+            let rows = self.sent_by(inbox, sender, &format!(" AND t.{message_id} {condition}"));
+            format!(
+                "UPDATE {name} SET {sender} = zeroblob(32), {message_id} = NULL
+                  WHERE ({key}) IN ({rows})"
+            )
+        })
     }
 }
 

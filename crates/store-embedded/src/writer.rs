@@ -33,12 +33,14 @@ use qpq_ports::{
     admission::{Admission, AdmissionPermit},
     batcher::{BatchSize, BatchWorker, Batcher, Closed},
 };
-use sqlx::{ConnectOptions as _, Connection as _, SqliteConnection, sqlite::SqliteConnectOptions};
+use sqlx::{
+    ConnectOptions as _, Connection as _, Row as _, SqliteConnection, sqlite::SqliteConnectOptions,
+};
 use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
     damage,
-    error::{ErrorKind, SharedError},
+    error::{ErrorKind, SharedError, read_failed},
     memory::Memory,
     messages::enqueue,
     metrics as names,
@@ -84,6 +86,7 @@ impl RefusedBytes {
 enum Item {
     Statement(Box<dyn QueuedStatement>),
     Enqueue(EnqueueCall),
+    TruncateLog(oneshot::Sender<StoreResult<bool>>),
 }
 
 impl Writer {
@@ -152,6 +155,13 @@ impl Writer {
         let (answer, answered) = oneshot::channel();
         let call = EnqueueCall { messages, bytes, answer, _permit: permit };
         self.queue(Item::Enqueue(call), answered).await
+    }
+
+    /// Writes the log back into the database file, and truncates the log. Returns `false` if a read
+    /// in progress prevented that.
+    pub(crate) async fn truncate_log(&self) -> StoreResult<bool> {
+        let (answer, answered) = oneshot::channel();
+        self.queue(Item::TruncateLog(answer), answered).await
     }
 
     async fn queue<T>(
@@ -309,6 +319,7 @@ impl BatchWorker for Committer {
         let bytes = match item {
             Item::Statement(statement) => statement.bytes(),
             Item::Enqueue(call) => call.bytes,
+            Item::TruncateLog(_) => 0,
         };
         BatchSize { count: 1, bytes }
     }
@@ -324,6 +335,12 @@ impl BatchWorker for Committer {
                     self.commit(alone).await;
                 }
                 Item::Statement(statement) => transaction.add(statement),
+                Item::TruncateLog(answer) => {
+                    self.commit(mem::take(&mut transaction)).await;
+                    metrics::gauge!(names::QUEUE_LENGTH).decrement(1.0);
+                    // The caller may have stopped waiting.
+                    let _ = answer.send(self.truncate_log().await);
+                }
                 Item::Enqueue(call) => {
                     transaction.bytes += call.bytes;
                     transaction.calls.push(call);
@@ -398,6 +415,17 @@ impl Committer {
         execute(connection, "COMMIT").await?;
         metrics::histogram!(names::COMMIT_SECONDS).record(committing.elapsed());
         Ok(Results { failures, enqueued })
+    }
+
+    /// Writes the log back and truncates it. A failed attempt has changed nothing.
+    async fn truncate_log(&mut self) -> StoreResult<bool> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(self.options.connect().await.map_err(read_failed)?),
+        };
+        let checkpoint = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(connection).await;
+        let is_busy = checkpoint.and_then(|row| row.try_get::<i64, _>(0)).map_err(read_failed)?;
+        Ok(is_busy == 0)
     }
 
     /// Closes the connection, whatever its state is.

@@ -1,6 +1,7 @@
 //! The command line: every command, option and environment variable, with the text that `qpq help`
 //! shows.
 
+mod account;
 mod device;
 mod group;
 
@@ -10,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use qpq_client::{FIRST_DEVICE, Fingerprint, IdentityKey, Username};
 
-pub(crate) use self::{device::DeviceCommand, group::GroupCommand};
+pub(crate) use self::{account::AccountCommand, device::DeviceCommand, group::GroupCommand};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -174,6 +175,9 @@ pub(crate) enum Command {
     },
     /// Show who you are, where, and whether you are logged in
     Whoami,
+    /// Export or delete your account
+    #[command(subcommand)]
+    Account(AccountCommand),
     /// Show the health of the server; needs no account
     Health,
     /// Chat with a user or a group

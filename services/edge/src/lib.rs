@@ -11,6 +11,7 @@ mod check;
 mod cluster;
 mod compose;
 mod config;
+mod erasure;
 mod jobs;
 mod listen;
 mod maintenance;

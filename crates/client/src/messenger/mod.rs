@@ -23,6 +23,7 @@
 //! | `store`, `state` | the sealed state; `log`, `people`, `outbox` are its parts |
 //! | `tables`, `records` | the saved form of the state; `legacy`: that of earlier releases |
 
+mod account;
 mod block;
 mod changes;
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod bench;
 
 pub mod accounts;
 pub mod clocks;
+pub mod deletion;
 pub mod devices;
 pub mod endpoints;
 pub mod enqueue;
@@ -311,6 +312,23 @@ macro_rules! conformance {
                 no_message_of_an_epoch_precedes_its_commit,
                 a_payload_of_any_size_reaches_all_members_unchanged,
                 a_group_has_no_more_than_the_maximum_of_members,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            deletion,
+            [
+                a_deleted_account_is_found_by_no_call,
+                the_deletion_stores_the_job_that_erases,
+                the_key_of_a_deleted_account_stays_taken,
+                the_name_of_a_deleted_account_is_reserved_for_a_while,
+                messages_of_a_deleted_account_stay_in_other_inboxes,
+                groups_go_on_without_a_deleted_member,
+                an_erasure_continues_after_a_crash,
+                writes_of_calls_in_progress_are_erased_too,
+                a_deletion_during_sends_leaves_no_message_and_no_gap,
+                a_registration_during_a_deletion_never_takes_its_key,
+                a_message_to_a_group_during_a_deletion_reaches_the_others,
             ]
         );
         $crate::conformance_area!(

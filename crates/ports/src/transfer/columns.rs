@@ -124,6 +124,10 @@ pub(super) const INVITE: &[Column] = &[
     number("created_at"),
     number("expires_at"),
 ];
+pub(super) const ERASURE: &[Column] =
+    &[bytes("id"), number("account"), bytes("identity"), number("deleted_at")];
+
+pub(super) const TOMBSTONE: &[Column] = &[bytes("hash"), number("until")];
 
 const fn number(name: &'static str) -> Column {
     Column { name, kind: ColumnType::Number }

@@ -1,6 +1,7 @@
 //! One handler per method, in the file or directory of its area. `dispatch` finds a handler by the
 //! type of its method, so there is no registration here.
 
+mod account;
 mod auth;
 mod delivery;
 mod device;

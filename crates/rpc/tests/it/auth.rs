@@ -7,8 +7,11 @@ use bytes::Bytes;
 use ed25519_dalek::SigningKey;
 use futures_util::future::join_all;
 use parking_lot::Mutex;
-use qpq_domain::{IdentityKey, Username, UsernameScripts};
-use qpq_ports::{Account, Accounts, Credentials, NewAccount, Registration, StoreResult};
+use qpq_domain::{AccountId, IdentityKey, UnixMillis, Username, UsernameScripts};
+use qpq_ports::{
+    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, Registration,
+    StoreResult,
+};
 use qpq_proto::{
     Status,
     methods::{
@@ -90,6 +93,16 @@ impl Accounts for Recorded {
     async fn by_identity(&self, identity: &IdentityKey) -> StoreResult<Option<Account>> {
         self.calls.lock().push("by_identity");
         self.inner.by_identity(identity).await
+    }
+
+    async fn delete(&self, account: AccountId, now: UnixMillis) -> StoreResult<Deletion> {
+        self.calls.lock().push("delete");
+        self.inner.delete(account, now).await
+    }
+
+    async fn erase(&self, erasure: ErasureId, now: UnixMillis) -> StoreResult<Erasing> {
+        self.calls.lock().push("erase");
+        self.inner.erase(erasure, now).await
     }
 }
 

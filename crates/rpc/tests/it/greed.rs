@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_domain::{AccountId, TokenHash, UnixMillis};
-use qpq_ports::{Batch, NewSession, Session, Sessions, StoreResult};
+use qpq_ports::{Batch, NewSession, Session, SessionCreation, Sessions, StoreResult};
 use qpq_proto::{
     Status,
     methods::{Ack, Enqueue, Fetch, Peek},
@@ -193,7 +193,7 @@ struct Counted {
 
 #[async_trait]
 impl Sessions for Counted {
-    async fn create(&self, session: NewSession) -> StoreResult<()> {
+    async fn create(&self, session: NewSession) -> StoreResult<SessionCreation> {
         self.inner.create(session).await
     }
 

@@ -1,6 +1,7 @@
 //! Tests of the server from its clients' side: every call goes through `Rpc::call` to a real
 //! embedded store, with a clock that the test advances.
 
+mod account;
 mod auth;
 mod delivery;
 mod devices;

@@ -7,9 +7,10 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use proptest::{collection::vec, prelude::*, sample::select, test_runner::TestRunner};
 use prost::Message as _;
-use qpq_domain::{IdentityKey, Username};
+use qpq_domain::{IdentityKey, UnixMillis, Username};
 use qpq_ports::{
-    Account, Accounts, Credentials, NewAccount, Registration, StoreError, StoreResult,
+    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, Registration,
+    StoreError, StoreResult,
 };
 use qpq_proto::{METHODS, Status, v1::OpaqueLoginStartRequest};
 use qpq_rpc::{Answer, Code};
@@ -203,6 +204,14 @@ impl Accounts for FailingAccounts {
     }
 
     async fn by_identity(&self, _: &IdentityKey) -> StoreResult<Option<Account>> {
+        self.answer().await
+    }
+
+    async fn delete(&self, _: qpq_domain::AccountId, _: UnixMillis) -> StoreResult<Deletion> {
+        self.answer().await
+    }
+
+    async fn erase(&self, _: ErasureId, _: UnixMillis) -> StoreResult<Erasing> {
         self.answer().await
     }
 }

@@ -12,7 +12,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use prost::Message as _;
 use qpq_domain::{AccountId, SessionToken, TokenHash, UnixMillis, Username};
-use qpq_ports::{Clock as _, NewSession, Session, Sessions, StoreError, StoreResult};
+use qpq_ports::{
+    Clock as _, NewSession, Session, SessionCreation, Sessions, StoreError, StoreResult,
+};
 use qpq_proto::{
     Status, auth,
     methods::{Logout, ResolveUser},
@@ -149,7 +151,7 @@ struct CountingSessions {
 
 #[async_trait]
 impl Sessions for CountingSessions {
-    async fn create(&self, session: NewSession) -> StoreResult<()> {
+    async fn create(&self, session: NewSession) -> StoreResult<SessionCreation> {
         self.inner.create(session).await
     }
 

@@ -51,6 +51,12 @@ const PROMOTE: &str = "
      WHERE id = (SELECT min(id) FROM group_member WHERE group_id = $1)
        AND NOT EXISTS (SELECT 1 FROM group_member WHERE group_id = $1 AND role = 1)";
 
+/// Groups of the account $1. $2: maximum rows.
+const OF_ACCOUNT: &str =
+    "SELECT group_id AS id FROM group_member WHERE account = $1 ORDER BY group_id LIMIT $2";
+const FORGET_INFO: &str =
+    "UPDATE mls_group SET group_info = NULL WHERE id = $1 AND group_info IS NOT NULL";
+
 const HAS_MEMBERS: &str = "SELECT EXISTS (SELECT 1 FROM group_member WHERE group_id = $1)";
 const DELETE_COMMITS: &str = "DELETE FROM group_commit WHERE group_id = $1";
 const DELETE: &str = "DELETE FROM mls_group WHERE id = $1";
@@ -298,6 +304,31 @@ async fn after_removal(connection: &mut PgConnection, group: &GroupId) -> sqlx::
         sqlx::query(*sql).bind(group).execute(&mut *connection).await?;
     }
     Ok(())
+}
+
+/// Removes an account that is being erased from at most `limit` of its groups. Returns their
+/// number.
+///
+/// The GroupInfo of a group has the identity keys of the members, so it is removed with the
+/// account. The next commit stores another one.
+pub(crate) async fn leave_groups(
+    connection: &mut PgConnection,
+    account: i64,
+    limit: i64,
+) -> sqlx::Result<i64> {
+    let rows =
+        sqlx::query(OF_ACCOUNT).bind(account).bind(limit).fetch_all(&mut *connection).await?;
+    for row in &rows {
+        let group = row.group("id")?;
+        if lock(connection, &group).await?.is_none() {
+            continue;
+        }
+        let id = &group.as_bytes()[..];
+        sqlx::query(REMOVE).bind(id).bind(account).execute(&mut *connection).await?;
+        sqlx::query(FORGET_INFO).bind(id).execute(&mut *connection).await?;
+        after_removal(connection, &group).await?;
+    }
+    Ok(i64::try_from(rows.len()).unwrap_or(i64::MAX))
 }
 
 /// Changes the metadata. Only for admins. Returns the new version.

@@ -17,7 +17,7 @@ use qpq_ports::{
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
-pub(crate) use self::{send::FORGET_COMMITS, sender::GroupSenders};
+pub(crate) use self::{change::leave_groups, send::FORGET_COMMITS, sender::GroupSenders};
 
 use self::change::{AddMembers, CreateGroup, RemoveMember, UpdateMetadata};
 use crate::{
@@ -39,7 +39,8 @@ const LOCK: &str = "
 const ROLE: &str = "SELECT role FROM group_member WHERE group_id = $1 AND account = $2";
 
 /// $1 group, $2 viewer, $3 the member before the first, $4 maximum members. Returns one row, with
-/// the members as arrays, so that all data is of one instant.
+/// the members as arrays, so that all data is of one instant. A deleted account has no inbox, and
+/// is a member until the erasure removes it.
 const VIEW: &str = "
     SELECT g.name, g.description, g.settings, g.version, g.epoch,
            v.account IS NOT NULL AS is_member,
@@ -54,6 +55,7 @@ const VIEW: &str = "
                coalesce(array_agg(m.joined_at ORDER BY m.id), '{}') AS joined_at
           FROM (SELECT id, account, role, joined_at FROM group_member
                  WHERE group_id = $1 AND id > $3 AND v.account IS NOT NULL
+                   AND EXISTS (SELECT 1 FROM inbox i WHERE i.id = group_member.account)
                  ORDER BY id LIMIT $4) m
           JOIN account a ON a.id = m.account) p
      WHERE g.id = $1";

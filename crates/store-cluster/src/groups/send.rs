@@ -32,13 +32,16 @@ const FIRST_RESULT: &str = "
     SELECT epoch, outcome FROM group_commit
      WHERE group_id = $1 AND account = $2 AND message_id = $3 AND committed_at > $4";
 
+/// Reads the members, without deleted accounts, which have no inbox.
 const ALL: &str = "
-    SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
+    SELECT a.identity
+      FROM group_member m JOIN account a ON a.id = m.account JOIN inbox i ON i.id = m.account
      WHERE m.group_id = $1 ORDER BY m.account";
 
 /// Reads the members, the sender $2 only if it has another device than $3. See [`ALL`].
 const OTHERS: &str = "
-    SELECT a.identity FROM group_member m JOIN account a ON a.id = m.account
+    SELECT a.identity
+      FROM group_member m JOIN account a ON a.id = m.account JOIN inbox i ON i.id = m.account
      WHERE m.group_id = $1
        AND (m.account <> $2
             OR EXISTS (SELECT 1 FROM device d

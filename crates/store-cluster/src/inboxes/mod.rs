@@ -41,6 +41,7 @@ pub(crate) use {
     enqueue::{Accept, Outcomes, accept},
     leases::Leases,
     page::Heads,
+    payloads::COUNTED_DOWN,
     pushes::Pushes,
     sweep::{SWEEP, forget, sweep},
 };

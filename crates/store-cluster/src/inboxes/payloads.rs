@@ -55,6 +55,9 @@ macro_rules! counted_down {
 }
 pub(super) use counted_down;
 
+/// See [`counted_down!`].
+pub(crate) const COUNTED_DOWN: &str = counted_down!();
+
 /// $1: the payload of each message that was removed.
 const COUNT_DOWN: &str = concat!(
     "WITH removed AS (SELECT * FROM unnest($1::int8[]) AS g (payload_id))",

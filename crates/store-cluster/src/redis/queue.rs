@@ -262,6 +262,23 @@ impl Redis {
         self.command::<u64>("drop", &unlink).await.map(drop)
     }
 
+    /// Removes everything that is stored for an inbox: the queues of the single reader and of these
+    /// devices, their leases, and the waiting edges.
+    pub(crate) async fn forget_inbox(
+        &self,
+        inbox: &IdentityKey,
+        registrations: &[RegistrationId],
+    ) -> StoreResult<()> {
+        let mut unlink = Cmd::new();
+        unlink.arg("UNLINK");
+        let devices = registrations.iter().map(|registration| Some(*registration));
+        for registration in devices.chain([None]) {
+            let reader = ReaderId { inbox: *inbox, registration };
+            unlink.arg(&self.keys(&reader, ["m2", "q2", "l", WAITERS])[..]);
+        }
+        self.command::<u64>("drop", &unlink).await.map(drop)
+    }
+
     /// Leases the first `page` of `seqs`, up to the first one that is leased already. One more seq
     /// may follow: the result shows whether it is leased.
     pub(crate) async fn claim(

@@ -15,7 +15,7 @@ use std::{collections::HashSet, mem, slice, time::Duration};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, StoreId, TokenHash, UnixMillis};
-use qpq_ports::{NewSession, Session, Sessions, StoreError, StoreResult};
+use qpq_ports::{NewSession, Session, SessionCreation, Sessions, StoreError, StoreResult};
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use tokio::{sync::broadcast::error::RecvError, time::Instant};
 
@@ -38,9 +38,12 @@ use crate::{
 };
 
 // A token is 256 random bits, so a row with the token is of the same session, created by a repeat.
+// Locks the account, so that a deletion either waits and ends the session, or is seen.
 const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
-    VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING";
+    SELECT $1, a.id, $3, $4, $5, $6 FROM account a WHERE a.id = $2 AND a.identity = $7
+       FOR KEY SHARE OF a
+    ON CONFLICT (token) DO UPDATE SET expires_at = excluded.expires_at";
 
 /// Finds a session by its token. Without such a session, the result is one row with the store id
 /// and NULLs.
@@ -198,7 +201,7 @@ impl ClusterStore {
 
 #[async_trait]
 impl Sessions for ClusterStore {
-    async fn create(&self, mut new: NewSession) -> StoreResult<()> {
+    async fn create(&self, mut new: NewSession) -> StoreResult<SessionCreation> {
         // If the clock of the caller is behind, a new session would end early.
         let used = new.session.last_used_at;
         let time = &self.inner.time;
@@ -271,7 +274,7 @@ impl Sessions for ClusterStore {
 struct CreateSession(NewSession);
 
 impl Statement for CreateSession {
-    type Output = ();
+    type Output = SessionCreation;
 
     const REPEAT: Repeat = Repeat::Harmless;
     const SCOPE: Scope = Scope::Statement;
@@ -280,18 +283,22 @@ impl Statement for CreateSession {
         "create_session"
     }
 
-    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<SessionCreation> {
         let NewSession { token, session } = &self.0;
-        sqlx::query(CREATE)
+        let created = sqlx::query(CREATE)
             .bind(&token.as_bytes()[..])
             .bind(session.account.0)
             .bind(session.device.as_ref().map(|device| &device.as_bytes()[..]))
             .bind(millis(session.authenticated_at))
             .bind(millis(session.last_used_at))
             .bind(millis(session.expires_at))
+            .bind(&session.identity.as_bytes()[..])
             .execute(connection)
-            .await
-            .map(drop)
+            .await?;
+        Ok(match created.rows_affected() {
+            0 => SessionCreation::NoAccount,
+            _ => SessionCreation::Created,
+        })
     }
 }
 

@@ -4,6 +4,7 @@
 mod backend;
 mod clocks;
 mod conformance;
+mod deletion;
 mod devices;
 mod edges;
 mod endpoints;

@@ -70,6 +70,12 @@ const PROMOTE: &str = "
        AND NOT EXISTS (SELECT 1 FROM group_member INDEXED BY group_member_admin
                         WHERE group_id = ?1 AND role = 1)";
 
+/// Groups of the account ?1. ?2: maximum rows.
+const OF_ACCOUNT: &str = "SELECT group_id FROM group_member WHERE account = ?1 LIMIT +?2";
+const LEAVE: &str = "DELETE FROM group_member WHERE group_id = ?1 AND account = ?2";
+const FORGET_INFO: &str =
+    "UPDATE mls_group SET group_info = NULL WHERE id = ?1 AND group_info IS NOT NULL";
+
 const IS_EMPTY: &str = "SELECT NOT EXISTS (SELECT 1 FROM group_member WHERE group_id = ?1)";
 const FORGET_COMMITS: &str = "DELETE FROM group_commit WHERE group_id = ?1";
 const DELETE: &str = "DELETE FROM mls_group WHERE id = ?1";
@@ -80,7 +86,10 @@ const UPDATE: &str = "
      WHERE id = ?1 RETURNING version";
 
 #[cfg(test)]
-pub(super) const STATEMENTS: [&str; 12] = [
+pub(super) const STATEMENTS: [&str; 15] = [
+    OF_ACCOUNT,
+    LEAVE,
+    FORGET_INFO,
     UNKNOWN,
     ADD,
     PROMOTE_LISTED,
@@ -293,7 +302,7 @@ impl Statement for RemoveMember {
             .execute(&mut *tx)
             .await?;
         if removed.rows_affected() > 0 {
-            self.after_removal(tx).await?;
+            after_removal(tx, &self.group.as_bytes()[..]).await?;
         }
         Ok(Done::keep(Ok(())))
     }
@@ -308,19 +317,38 @@ impl RemoveMember {
             .await?;
         Ok(account == Some(self.actor.0))
     }
+}
 
-    /// Removes the group if it has no members. Otherwise makes its oldest member an admin if there
-    /// is no admin.
-    async fn after_removal(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
-        let group = &self.group.as_bytes()[..];
-        let is_empty: bool = sqlx::query_scalar(IS_EMPTY).bind(group).fetch_one(&mut *tx).await?;
-        let statements: &[&'static str] =
-            if is_empty { &[FORGET_COMMITS, DELETE] } else { &[PROMOTE] };
-        for sql in statements {
-            sqlx::query(*sql).bind(group).execute(&mut *tx).await?;
-        }
-        Ok(())
+/// Removes a group if it has no members. Otherwise makes its oldest member an admin if there is no
+/// admin.
+async fn after_removal(tx: &mut SqliteConnection, group: &[u8]) -> sqlx::Result<()> {
+    let is_empty: bool =
+        sqlx::query_scalar(IS_EMPTY).bind(group.to_vec()).fetch_one(&mut *tx).await?;
+    let statements: &[&'static str] = if is_empty { &[FORGET_COMMITS, DELETE] } else { &[PROMOTE] };
+    for sql in statements {
+        sqlx::query(*sql).bind(group.to_vec()).execute(&mut *tx).await?;
     }
+    Ok(())
+}
+
+/// Removes an account that is being erased from at most `limit` of its groups. Returns their
+/// number.
+///
+/// The GroupInfo of a group has the identity keys of the members, so it is removed with the
+/// account. The next commit stores another one.
+pub(crate) async fn leave_groups(
+    tx: &mut SqliteConnection,
+    account: AccountId,
+    limit: i64,
+) -> sqlx::Result<u64> {
+    let query = sqlx::query_scalar(OF_ACCOUNT).bind(account.0).bind(limit);
+    let groups: Vec<Vec<u8>> = query.fetch_all(&mut *tx).await?;
+    for group in &groups {
+        sqlx::query(LEAVE).bind(&group[..]).bind(account.0).execute(&mut *tx).await?;
+        sqlx::query(FORGET_INFO).bind(&group[..]).execute(&mut *tx).await?;
+        after_removal(tx, group).await?;
+    }
+    Ok(groups.len() as u64)
 }
 
 /// Changes the metadata. Only for admins. Returns the new version.

@@ -33,15 +33,16 @@ const FIRST_RESULT: &str = "
     SELECT epoch, outcome FROM group_commit
      WHERE group_id = ?1 AND account = ?2 AND message_id = ?3 AND committed_at > ?4";
 
-/// The members, in the order of their inboxes.
+/// The members, in the order of their inboxes, without deleted accounts, which have none.
 const ALL: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
-     WHERE m.group_id = ?1 ORDER BY m.account";
+     WHERE m.group_id = ?1 AND EXISTS (SELECT 1 FROM inbox i WHERE i.id = m.account)
+     ORDER BY m.account";
 
 /// The members, without the sender ?2 unless the sender has another device than ?3. See [`ALL`].
 const OTHERS: &str = "
     SELECT a.identity FROM group_member m CROSS JOIN account a ON a.id = m.account
-     WHERE m.group_id = ?1
+     WHERE m.group_id = ?1 AND EXISTS (SELECT 1 FROM inbox i WHERE i.id = m.account)
        AND (m.account <> ?2
             OR EXISTS (SELECT 1 FROM device d WHERE d.account = ?2 AND d.device IS NOT ?3))
      ORDER BY m.account";

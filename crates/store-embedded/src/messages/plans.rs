@@ -3,7 +3,7 @@
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
 use super::{enqueue, left_out, position, read, remove};
-use crate::{absence, devices, groups, inboxes, invites, jobs, keys};
+use crate::{absence, deletion, devices, groups, inboxes, invites, jobs, keys};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
@@ -20,7 +20,8 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(keys::STATEMENTS)
         .chain(invites::STATEMENTS)
         .chain(jobs::STATEMENTS)
-        .chain(groups::statements());
+        .chain(groups::statements())
+        .chain(deletion::statements());
     for sql in statements {
         // SQLite plans with the value of such a parameter, and compiles the statement again for the
         // next value. The value of `LIMIT +?` is not used for the plan.

@@ -15,7 +15,10 @@ use qpq_domain::{
     ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq, StoreLimits,
     UnixMillis,
 };
-use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, StoreError, View};
+use qpq_ports::{
+    Batch, Enqueued, Erasing, NewMessage, PageLimit, ReadQuery, Reader, StoreError, View,
+    conformance::deletion::{Populated, run_job},
+};
 use qpq_store_embedded::EmbeddedStore;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
@@ -47,6 +50,12 @@ enum Command {
         count: u64,
         size: usize,
         tasks: u64,
+    },
+    /// Creates an account with data of every kind, and deletes it. Answers its number.
+    Populate,
+    /// Runs the erasure of a deleted account. Answers each batch.
+    Erase {
+        now: u64,
     },
     /// Returns all messages of account 1.
     Inbox,
@@ -177,6 +186,25 @@ impl Child {
         burst
     }
 
+    /// Creates an account with data of every kind, and deletes it. Returns its number.
+    pub(crate) fn populate(&mut self) -> i64 {
+        self.ask(&Command::Populate).parse().expect("a number")
+    }
+
+    /// Runs the erasure of the deleted account. Returns the progress after the last batch, or after
+    /// `most` batches.
+    pub(crate) fn erase(&mut self, now: UnixMillis, most: usize) -> String {
+        self.send(&Command::Erase { now: now.0 });
+        let mut answer = self.answer();
+        for _ in 1..most {
+            if answer != "more" {
+                break;
+            }
+            answer = self.answer();
+        }
+        answer
+    }
+
     /// Returns (number, seq) of each message in the inbox of account 1.
     pub(crate) fn inbox(&mut self) -> Vec<(u64, u64)> {
         serde_json::from_str(&self.ask(&Command::Inbox)).expect("what the child wrote")
@@ -290,6 +318,23 @@ async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, command: Comm
     match command {
         Command::Apply { op, now } => answer(&machine.apply(op, UnixMillis(now)).await),
         Command::Burst { from, count, size, tasks } => burst(store, from, count, size, tasks).await,
+        Command::Populate => {
+            let account = Populated::register(&store.stores()).await;
+            account.delete(&store.stores()).await;
+            answer(&account.account.0.to_string());
+        }
+        Command::Erase { now } => {
+            let batch = |progress| {
+                answer(match progress {
+                    Erasing::More => "more",
+                    Erasing::WaitFor(_) => "waiting",
+                    Erasing::Done => "done",
+                });
+            };
+            if !run_job(&store.stores(), UnixMillis(now), batch).await {
+                answer("done");
+            }
+        }
         Command::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
         Command::Check => {
             answer(

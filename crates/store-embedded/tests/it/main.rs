@@ -5,6 +5,7 @@
 mod backend;
 mod child;
 mod conformance;
+mod deletion;
 mod devices;
 mod disk;
 mod groups;

@@ -3,6 +3,8 @@
 mod account;
 mod block;
 mod device;
+mod erase;
+mod export;
 mod find;
 mod group;
 mod keys;
@@ -19,7 +21,7 @@ use self::{
     requests::Decision,
 };
 use crate::{
-    args::{Cli, Command},
+    args::{AccountCommand, Cli, Command},
     chat,
     compose::Context,
     error::CliError,
@@ -34,6 +36,10 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Login => account::login(context).await,
         Command::Logout { all } => account::logout(context, all).await,
         Command::Whoami => account::whoami(context).await,
+        Command::Account(AccountCommand::Delete { keep_profile }) => {
+            erase::delete(context, keep_profile).await
+        }
+        Command::Account(AccountCommand::Export { out }) => export::export(context, out).await,
         Command::Health => server::health(context).await,
         Command::Dm { to, linger } => chat::dm(context, &to, linger).await,
         Command::Send { to, text } => message::send(context, &to, text).await,

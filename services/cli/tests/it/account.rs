@@ -192,3 +192,74 @@ async fn two_people_see_the_same_safety_number() {
     );
     alice.fails(&["keys", "alice"], 1, "client.yourself").await;
 }
+
+#[tokio::test]
+async fn an_account_is_deleted_after_its_name_and_password_were_given() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    bob.ok(&["send", "alice", "hi"]).await;
+    let delete = async |name: &str, password: &str| {
+        let mut command = alice.command(&["account", "delete", "--json"]);
+        command.env("QPQ_PASSWORD", password);
+        let child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+        crate::harness::finish(child, name).await
+    };
+    delete("bob\n", PASSWORD).await.fails(1, "client.not_confirmed");
+    delete("", PASSWORD).await.fails(1, "client.not_confirmed");
+    delete("alice\n", "correct horse battery stapl").await.fails(3, "auth.failed");
+    assert_eq!(alice.json(&["whoami"]).await[0]["session"], "valid");
+
+    let deleted = &delete("alice\n", PASSWORD).await.json()[0];
+    let expected = json!({
+        "event": "account_deleted", "username": "alice", "server": world.address,
+        "profile_dir": null
+    });
+    assert_eq!(deleted, &expected);
+    assert!(alice.kept_keys().is_empty());
+    alice.fails(&["whoami"], 3, "profile.missing").await;
+    let other = world.person("other");
+    other.fails(&["register", "alice"], 1, "auth.username_taken").await;
+    bob.fails(&["send", "alice", "still there?"], 1, "client.not_delivered").await;
+}
+
+#[tokio::test]
+async fn a_profile_may_stay_after_the_deletion() {
+    let world = World::new().await;
+    let alice = world.user("alice").await;
+    let mut command = alice.command(&["account", "delete", "--keep-profile"]);
+    command.env("QPQ_PASSWORD", PASSWORD);
+    let child = command.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let ran = crate::harness::finish(child, "alice\n").await;
+    let profile = alice.home.join("profiles/default");
+    assert!(ran.out.contains(profile.to_str().unwrap()), "{ran:?}");
+    assert!(profile.join("state.db").exists());
+}
+
+#[tokio::test]
+async fn an_export_has_everything_and_only_its_owner_reads_it() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    alice.ok(&["send", "bob", "hello bob"]).await;
+    bob.ok(&["recv"]).await;
+    bob.ok(&["send", "alice", "hello alice"]).await;
+    alice.ok(&["group", "create", "friends", "bob"]).await;
+    let file = alice.home.join("export.jsonl");
+    let out = file.to_str().unwrap();
+    // The message of bob is still in the inbox.
+    let exported = &alice.json(&["account", "export", "--out", out]).await[0];
+    assert_eq!((&exported["event"], &exported["devices"]), (&json!("exported"), &json!(true)));
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let text = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((&lines[0]["event"], &lines[0]["username"]), (&json!("account"), &json!("alice")));
+    let of = |event: &str| lines.iter().filter(|line| line["event"] == event).collect::<Vec<_>>();
+    assert_eq!(of("device").len(), 1);
+    assert!(of("person").iter().any(|person| person["username"] == "bob"));
+    assert_eq!(of("sent")[0]["text"], "hello bob");
+    assert_eq!(of("message")[0]["text"], "hello alice");
+    let groups: Vec<_> =
+        of("conversation").into_iter().filter(|one| one["kind"] == "group").collect();
+    assert_eq!(groups[0]["name"], "friends");
+    alice.fails(&["account", "export", "--out", out], 1, "client.file_exists").await;
+}

@@ -1,7 +1,7 @@
 //! OpaqueLoginFinish (103).
 
 use qpq_domain::SessionToken;
-use qpq_ports::{NewSession, Session};
+use qpq_ports::{NewSession, Session, SessionCreation};
 use qpq_proto::{
     convert,
     methods::OpaqueLoginFinish,
@@ -44,7 +44,12 @@ impl Handler for OpaqueLoginFinish {
             last_used_at: cx.now,
             expires_at,
         };
-        cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
+        let new = NewSession { token: token.hash(), session };
+        match cx.app.stores.sessions.create(new).await? {
+            SessionCreation::Created => {}
+            // The account was deleted after OpaqueLoginStart.
+            SessionCreation::NoAccount => return Err(Error::LoginFailed),
+        }
         limits::remember_login(cx, &username).await;
         cx.app.tokens.found(token.hash());
         cx.conn.bind(token.hash());

@@ -9,11 +9,11 @@ use qpq_domain::{
     StoreId, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Admission, Batch, CertifiedKey, ClaimRequest, Commit, DeviceRegistration, Enqueued,
-    GroupMessage, GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage, NewAccount,
-    NewDevice, NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage, NewSession,
-    PackageOwner, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores, UploadMode,
-    View,
+    Ack, Admission, Batch, CertifiedKey, ClaimRequest, Commit, Deletion, DeviceRegistration,
+    Enqueued, GroupMessage, GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage,
+    NewAccount, NewDevice, NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage,
+    NewSession, PackageOwner, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores,
+    UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -85,6 +85,7 @@ impl Content {
                 _ => content.take(stores).await,
             }
         }
+        content.delete(stores).await;
         content.read_out_of_order(stores).await;
         content.invite(stores).await;
         content
@@ -263,6 +264,20 @@ impl Content {
             let seqs = seen.into_iter().filter(|_| self.random.r#gen()).collect();
             stores.inboxes.ack(read, Ack { seqs, ..Ack::default() }, self.now).await.unwrap();
         }
+    }
+
+    /// Deletes an account that no other operation uses. Its erasure has not run.
+    async fn delete(&mut self, stores: &Stores) {
+        let account = NewAccount {
+            username: Username::parse("leaver").unwrap(),
+            identity: IdentityKey::new(self.random.r#gen()),
+            opaque_record: self.bytes(192),
+            now: self.now,
+        };
+        let registered = stores.accounts.register(account).await.unwrap();
+        let Registration::Registered(id) = registered else { panic!("{registered:?}") };
+        let deleted = stores.accounts.delete(id, self.now).await.unwrap();
+        assert!(matches!(deleted, Deletion::Deleted(_)), "{deleted:?}");
     }
 
     async fn log_in(&mut self, stores: &Stores) {
