@@ -249,19 +249,19 @@ methods! {
     /// Returns the group info of a channel's last commit.
     415 FetchGroupInfo(FetchGroupInfoRequest) -> FetchGroupInfoResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Reports a message to the administrators.
-    420 ReportMessage(ReportMessageRequest) -> ReportMessageResponse, Session, Report, Standard, Medium, Idempotent, later;
+    420 ReportMessage(ReportMessageRequest) -> ReportMessageResponse, Session, Report, Standard, Medium, Idempotent, served;
     /// Bans a user from the server or from a channel.
-    421 BanUser(BanUserRequest) -> BanUserResponse, Moderator, Admin, Standard, Small, Idempotent, later;
+    421 BanUser(BanUserRequest) -> BanUserResponse, Moderator, Admin, Standard, Small, Idempotent, served;
     /// Ends a ban.
-    422 UnbanUser(UnbanUserRequest) -> UnbanUserResponse, Moderator, Admin, Standard, Small, Idempotent, later;
+    422 UnbanUser(UnbanUserRequest) -> UnbanUserResponse, Moderator, Admin, Standard, Small, Idempotent, served;
     /// Lists the reports.
-    423 ListReports(ListReportsRequest) -> ListReportsResponse, Admin, Admin, Standard, Small, Idempotent, later;
+    423 ListReports(ListReportsRequest) -> ListReportsResponse, Admin, Admin, Standard, Small, Idempotent, served;
     /// Lists the bans in force.
-    424 ListBanned(ListBannedRequest) -> ListBannedResponse, Moderator, Admin, Standard, Small, Idempotent, later;
+    424 ListBanned(ListBannedRequest) -> ListBannedResponse, Moderator, Admin, Standard, Small, Idempotent, served;
     /// Blocks an account, from which the caller then receives nothing, or ends the block.
-    425 BlockUser(BlockUserRequest) -> BlockUserResponse, Session, Channel, Standard, Small, Idempotent, later;
+    425 BlockUser(BlockUserRequest) -> BlockUserResponse, Session, Channel, Standard, Small, Idempotent, served;
     /// Lists the accounts that the caller blocks.
-    426 ListBlocked(ListBlockedRequest) -> ListBlockedResponse, Session, Lookup, Standard, Small, Idempotent, later;
+    426 ListBlocked(ListBlockedRequest) -> ListBlockedResponse, Session, Lookup, Standard, Small, Idempotent, served;
 
     /// Returns the identity key of a username, of this or another server.
     500 ResolveUser(ResolveUserRequest) -> ResolveUserResponse, Session, Lookup, Standard, Small, Idempotent, served;

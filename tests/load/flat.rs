@@ -41,11 +41,7 @@ fn identity(i: usize) -> IdentityKey {
 
 impl Subject {
     pub(crate) async fn with_inboxes(dir: &Path, inboxes: usize) -> anyhow::Result<Self> {
-        let limits = StoreLimits {
-            delivery: DeliveryLimits::default(),
-            key_packages: KeyPackageLimits::default(),
-        };
-        let store = EmbeddedStore::open(dir, limits).await?;
+        let store = EmbeddedStore::open(dir, StoreLimits::default()).await?;
         let stores = store.stores();
         stream::iter(0..inboxes)
             .map(|i| {

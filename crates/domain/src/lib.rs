@@ -15,6 +15,7 @@ mod ids;
 mod invite;
 mod limits;
 mod lookalike;
+mod moderation;
 mod session;
 mod time;
 mod username;
@@ -34,6 +35,7 @@ pub use invite::{
 };
 pub use limits::{DeliveryLimits, KeyPackageLimits, MAX_BATCH, MAX_ENDPOINT, StoreLimits};
 pub use lookalike::{Skeleton, UsernameScripts};
+pub use moderation::{MAX_BAN_REASON, MAX_BLOCKS, MAX_CONVERSATION_ID, MAX_REPORT, ReportLimits};
 pub use session::{SessionToken, TokenHash};
 pub use time::UnixMillis;
 pub use username::{InvalidUsername, Username};

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::ReportLimits;
+
 /// The maximum number of recipients or messages in one BatchEnqueue.
 pub const MAX_BATCH: usize = 1_000;
 
@@ -142,6 +144,8 @@ pub struct StoreLimits {
     pub delivery: DeliveryLimits,
     /// Limits of KeyPackages.
     pub key_packages: KeyPackageLimits,
+    /// Limits of reports.
+    pub reports: ReportLimits,
 }
 
 #[cfg(test)]

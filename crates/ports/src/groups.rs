@@ -22,7 +22,7 @@ pub trait Groups: Send + Sync {
     ///
     /// Safe to repeat: a group that exists is returned unchanged if the creator is a member of it.
     /// A direct group is found by its pair, whatever id is proposed, and a member who left it is
-    /// added again.
+    /// added again, unless the member is banned from it.
     async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>>;
 
     /// Adds members with a role. Only for admins. Adds all or none. Returns the number of new
@@ -75,6 +75,15 @@ pub trait Groups: Send + Sync {
         viewer: AccountId,
     ) -> StoreResult<Result<GroupInfo, GroupRefusal>>;
 
+    /// Returns the role of an account in the group; `None` if it is not a member.
+    ///
+    /// For authorization. Changes check the rights of their actor themselves.
+    async fn role(
+        &self,
+        group: GroupId,
+        account: AccountId,
+    ) -> StoreResult<Result<Option<Role>, GroupRefusal>>;
+
     /// Accepts one message of a member for the listed recipients or for all members, and its commit
     /// if it has one, in one atomic step.
     ///
@@ -94,6 +103,9 @@ pub enum GroupRefusal {
     NotMember,
     /// The caller is not an admin.
     NotAdmin,
+    /// The account that sends, or one to be added, is banned from the group
+    /// ([`Bans`](crate::Bans)).
+    Banned,
     /// No account has this identity key.
     NoSuchAccount(IdentityKey),
     /// The group would have more than [`qpq_domain::MAX_MEMBERS`] members.
@@ -271,7 +283,7 @@ pub struct GroupSent {
     /// For listed recipients: the outcome of each, in order.
     pub outcomes: Vec<Enqueued>,
     /// For all members: the number of members that did not receive it, because their inboxes are
-    /// full.
+    /// full or they block the sender.
     pub skipped: u32,
     /// `true` if the message is a repeat of an accepted one.
     pub is_repeat: bool,

@@ -155,6 +155,8 @@ pub enum Enqueued {
     Duplicate(Receipt),
     /// No account has the recipient's identity key.
     NoSuchRecipient,
+    /// The owner of the inbox blocks the sender ([`Blocks`](crate::Blocks)).
+    Refused,
     /// The inbox has no room.
     QueueFull,
     /// The inbox is more than half full, and the sender has used its share of it

@@ -11,8 +11,11 @@ mod account_events;
 mod accounts;
 #[cfg(feature = "admission")]
 pub mod admission;
+mod audit;
+mod bans;
 #[cfg(feature = "admission")]
 pub mod batcher;
+mod blocks;
 mod clock;
 #[cfg(feature = "conformance")]
 #[expect(missing_docs, reason = "the name of a rule states it")]
@@ -27,6 +30,7 @@ mod invites;
 mod jobs;
 mod keys;
 mod limiter;
+mod reports;
 mod sessions;
 pub mod transfer;
 
@@ -37,6 +41,11 @@ use qpq_domain::{IdentityKey, StoreId, UnixMillis};
 
 pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
 pub use accounts::{Account, Accounts, Admission, Credentials, NewAccount, Registration};
+pub use audit::{Audit, AuditAction, AuditActor, AuditEntry, AuditPage};
+pub use bans::{
+    Ban, BanEffects, BanRefusal, BanScope, Bans, ModerationRight, Moderator, NewBan, Unban,
+};
+pub use blocks::{Blocking, Blocks, Unblocking};
 pub use clock::{Clock, SystemClock};
 pub use deletion::{
     CALLS_ENDED, Deletion, ERASE, Erasing, ErasureId, NAME_RESERVED, identity_tombstone,
@@ -63,6 +72,7 @@ pub use keys::{
     TakenKeyPackage, Upload, UploadMode,
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
+pub use reports::{NewReport, ReadReports, Report, Reporting, Reports};
 pub use sessions::{NewSession, Session, SessionCreation, Sessions};
 
 /// The ports that the server's composition passes to the handlers.
@@ -88,6 +98,14 @@ pub struct Stores {
     pub hybrid_keys: Arc<dyn HybridKeys>,
     /// Direct endpoints of clients.
     pub endpoints: Arc<dyn Endpoints>,
+    /// Bans of the server and of groups.
+    pub bans: Arc<dyn Bans>,
+    /// Reports to the administrators.
+    pub reports: Arc<dyn Reports>,
+    /// Blocks between accounts.
+    pub blocks: Arc<dyn Blocks>,
+    /// The audit trail.
+    pub audit: Arc<dyn Audit>,
     /// Rate limits.
     pub limiter: Arc<dyn RateLimiter>,
     /// Account events between edges.
@@ -111,7 +129,7 @@ pub trait Maintenance: Send + Sync {
     async fn check(&self) -> StoreResult<()>;
 
     /// Removes rows that have expired by `now`: messages, message ids, sessions, KeyPackages,
-    /// and invites that have expired long ago.
+    /// bans that have ended, reports, and invites that have expired long ago.
     /// Removes at most one bounded batch of each, so that a call stays short. The caller repeats
     /// it.
     ///

@@ -12,7 +12,10 @@ use crate::StoreResult;
 /// store removes expired sessions only in [`Maintenance::sweep`](crate::Maintenance::sweep).
 #[async_trait]
 pub trait Sessions: Send + Sync {
-    /// Creates a session, unless its account was deleted. Durable when it returns.
+    /// Creates a session, unless its account was deleted or is banned from the server. Durable when
+    /// it returns.
+    ///
+    /// A concurrent deletion or ban either prevents the session or ends it.
     async fn create(&self, session: NewSession) -> StoreResult<SessionCreation>;
 
     /// Returns the session with this token. May read a cache, which a revocation reaches within a
@@ -46,6 +49,8 @@ pub enum SessionCreation {
     Created,
     /// No account has the number and the identity key of the session.
     NoAccount,
+    /// The account is banned from the server ([`Bans`](crate::Bans)).
+    Banned,
 }
 
 /// A session to be created.

@@ -44,6 +44,16 @@ pub enum Table {
     GroupMember,
     /// Commits that were accepted.
     GroupCommit,
+    /// Bans of the server.
+    Ban,
+    /// Bans of groups.
+    GroupBan,
+    /// Reports.
+    Report,
+    /// Blocks.
+    Block,
+    /// The audit trail.
+    Audit,
     /// Jobs.
     Job,
     /// Invites.
@@ -92,7 +102,7 @@ pub type Row = Vec<Cell>;
 
 impl Table {
     /// All tables, in the order of the transfer.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 23] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -107,6 +117,11 @@ impl Table {
         Self::Group,
         Self::GroupMember,
         Self::GroupCommit,
+        Self::Ban,
+        Self::GroupBan,
+        Self::Report,
+        Self::Block,
+        Self::Audit,
         Self::Job,
         Self::Invite,
         Self::Erasure,
@@ -130,6 +145,11 @@ impl Table {
             Self::Group => "mls_group",
             Self::GroupMember => "group_member",
             Self::GroupCommit => "group_commit",
+            Self::Ban => "ban",
+            Self::GroupBan => "group_ban",
+            Self::Report => "report",
+            Self::Block => "block",
+            Self::Audit => "audit",
             Self::Job => "job",
             Self::Invite => "invite",
             Self::Erasure => "erasure",
@@ -154,6 +174,11 @@ impl Table {
             Self::Group => columns::GROUP,
             Self::GroupMember => columns::GROUP_MEMBER,
             Self::GroupCommit => columns::GROUP_COMMIT,
+            Self::Ban => columns::BAN,
+            Self::GroupBan => columns::GROUP_BAN,
+            Self::Report => columns::REPORT,
+            Self::Block => columns::BLOCK,
+            Self::Audit => columns::AUDIT,
             Self::Job => columns::JOB,
             Self::Invite => columns::INVITE,
             Self::Erasure => columns::ERASURE,
@@ -165,7 +190,7 @@ impl Table {
     pub fn key(self) -> &'static [Column] {
         let length = match self {
             Self::RecentId | Self::DeviceCompleted | Self::GroupCommit => 3,
-            Self::KeyPackageTaken => 2,
+            Self::KeyPackageTaken | Self::GroupBan | Self::Block => 2,
             _ => 1,
         };
         &self.columns()[..length]

@@ -15,9 +15,9 @@ use std::{
     time::Duration,
 };
 
-use qpq_domain::{AccountId, DeviceId, IdentityKey, SessionToken, TokenHash, UnixMillis};
-use qpq_ports::Session;
-use qpq_proto::auth as marker;
+use qpq_domain::{AccountId, DeviceId, IdentityKey, Role, SessionToken, TokenHash, UnixMillis};
+use qpq_ports::{BanScope, ModerationRight, Moderator, Session};
+use qpq_proto::{auth as marker, convert, v1};
 
 use crate::{Cx, Error, Subject};
 
@@ -94,6 +94,14 @@ pub struct FreshCaller(Caller);
 #[derive(Clone, Debug)]
 pub struct Admin(Caller);
 
+/// An administrator of this server, or an admin of the group in the request.
+#[derive(Clone, Debug)]
+pub struct ModeratingCaller {
+    caller: Caller,
+    right: ModerationRight,
+    scope: BanScope,
+}
+
 impl FreshCaller {
     /// Returns the caller as that of any session.
     pub fn caller(&self) -> &Caller {
@@ -105,6 +113,19 @@ impl Admin {
     /// Returns the caller as that of any session.
     pub fn caller(&self) -> &Caller {
         &self.0
+    }
+}
+
+impl ModeratingCaller {
+    /// Returns the account and the right by which it moderates.
+    pub fn moderator(&self) -> Moderator {
+        let Caller { account, identity, .. } = self.caller;
+        Moderator { account, identity, right: self.right }
+    }
+
+    /// Returns the part of the server that the request is about.
+    pub fn scope(&self) -> BanScope {
+        self.scope
     }
 }
 
@@ -190,6 +211,14 @@ impl Authenticate for marker::Admin {
     }
 }
 
+impl Authenticate for marker::Moderator {
+    type Principal = Caller;
+
+    async fn authenticate(cx: Cx<'_>, payload: &[u8]) -> Result<Caller, Error> {
+        caller(cx, payload).await
+    }
+}
+
 /// Implements [`Authorize`] for markers whose principals may make every request.
 macro_rules! allow_every_request {
     ($($marker:ident)+) => {$(
@@ -226,15 +255,70 @@ impl<R: Sync> Authorize<R> for marker::Admin {
     type Caller = Admin;
 
     async fn authorize(cx: Cx<'_>, caller: Caller, _: &R) -> Result<Admin, Error> {
-        let admins = &cx.app.config.admins;
-        if admins.is_empty() {
-            return Err(Error::AdminRequired);
-        }
-        match cx.app.stores.accounts.by_identity(&caller.identity).await? {
-            Some(account) if admins.contains(&account.username) => Ok(Admin(caller)),
-            _ => Err(Error::AdminRequired),
+        if is_admin(cx, &caller.identity).await? {
+            Ok(Admin(caller))
+        } else {
+            Err(Error::AdminRequired)
         }
     }
+}
+
+impl<R: Moderation> Authorize<R> for marker::Moderator {
+    type Caller = ModeratingCaller;
+
+    /// Checks the right of an admin of a group here, and once more in the store, where the role
+    /// cannot change meanwhile.
+    async fn authorize(cx: Cx<'_>, caller: Caller, request: &R) -> Result<ModeratingCaller, Error> {
+        let scope = match request.channel_id() {
+            [] => BanScope::Server,
+            channel => BanScope::Group(convert::group_id(channel, "channel_id")?),
+        };
+        if is_admin(cx, &caller.identity).await? {
+            return Ok(ModeratingCaller { caller, right: ModerationRight::Server, scope });
+        }
+        let BanScope::Group(group) = scope else { return Err(Error::AdminRequired) };
+        match cx.app.stores.groups.role(group, caller.account).await?? {
+            Some(Role::Admin) => {
+                Ok(ModeratingCaller { caller, right: ModerationRight::Group, scope })
+            }
+            Some(Role::Member) => Err(Error::NotGroupAdmin),
+            None => Err(Error::NotGroupMember),
+        }
+    }
+}
+
+/// A request to moderate the server or a group.
+pub trait Moderation: Sync {
+    /// Returns the channel of the group; empty for the whole server.
+    fn channel_id(&self) -> &[u8];
+}
+
+impl Moderation for v1::BanUserRequest {
+    fn channel_id(&self) -> &[u8] {
+        &self.channel_id
+    }
+}
+
+impl Moderation for v1::UnbanUserRequest {
+    fn channel_id(&self) -> &[u8] {
+        &self.channel_id
+    }
+}
+
+impl Moderation for v1::ListBannedRequest {
+    fn channel_id(&self) -> &[u8] {
+        &self.channel_id
+    }
+}
+
+/// Returns whether the account with this identity key is an administrator of the server.
+pub(crate) async fn is_admin(cx: Cx<'_>, identity: &IdentityKey) -> Result<bool, Error> {
+    let admins = &cx.app.config.admins;
+    if admins.is_empty() {
+        return Ok(false);
+    }
+    let account = cx.app.stores.accounts.by_identity(identity).await?;
+    Ok(account.is_some_and(|account| admins.contains(&account.username)))
 }
 
 /// Checks that the caller's session has not ended. For calls that wait, which must not outlive

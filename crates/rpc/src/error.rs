@@ -9,7 +9,7 @@ use std::{error::Error as StdError, fmt, time::Duration};
 
 use bytes::Bytes;
 use prost::Message as _;
-use qpq_ports::{GroupRefusal, ReadError, StoreError};
+use qpq_ports::{BanRefusal, GroupRefusal, ReadError, StoreError};
 use qpq_proto::{FieldError, Status, session::Malformed, v1::ErrorDetail};
 use tracing::Level;
 
@@ -161,6 +161,10 @@ errors! {
     LoginFailed => Unauthorized "auth.failed" DEBUG
         "Wrong username or password, or the login took too long. Start again.";
 
+    /// The account is banned from the server. Returned only after the password was checked.
+    Banned => Forbidden "auth.banned" DEBUG
+        "This account is banned from the server. Ask its administrators.";
+
     NotOwner => Forbidden "delivery.not_owner" DEBUG
         "Only the owner can read an inbox.";
     DeviceRequired => Forbidden "delivery.device_required" DEBUG
@@ -172,6 +176,9 @@ errors! {
         "The device was away too long: messages that waited for it were removed. Read again.";
     NoSuchRecipient => NotFound "delivery.no_such_recipient" DEBUG
         "No account has this identity key.";
+    /// The recipient blocks the sender.
+    DeliveryRefused => Forbidden "delivery.refused" DEBUG
+        "The recipient does not accept messages from this account.";
     QueueFull => RateLimited "delivery.queue_full" DEBUG
         "The recipient's inbox is full until its owner reads it. Try again later.";
     /// The inbox is more than half full.
@@ -205,6 +212,8 @@ errors! {
         "Only members of the group can do this.";
     NotGroupAdmin => Forbidden "group.admin_required" DEBUG
         "Only admins of the group can do this.";
+    BannedFromGroup => Forbidden "group.banned" DEBUG
+        "The account is banned from the group. Nothing was changed.";
     NoSuchMember => NotFound "group.no_such_account" DEBUG
         "No account has one of these identity keys. Nothing was changed.";
     GroupFull => Forbidden "group.too_many_members" DEBUG
@@ -213,6 +222,16 @@ errors! {
         "Another group has this id. Choose another one.";
     StaleGroupVersion => Forbidden "group.stale_version" DEBUG
         "The group was changed meanwhile. Read it and try again.";
+
+    /// An administrator cannot be banned from the server.
+    BanOfAdmin => Forbidden "moderation.administrator" DEBUG
+        "An administrator of the server cannot be banned. End its administration first.";
+    OwnAccount => Forbidden "moderation.own_account" DEBUG
+        "An account cannot ban or block itself.";
+    TooManyReports => Forbidden "moderation.too_many_reports" DEBUG
+        "The account has the maximum number of stored reports. Old reports are removed with time.";
+    TooManyBlocks => Forbidden "moderation.too_many_blocks" DEBUG
+        "An account blocks at most 10000 accounts. Unblock one first.";
 
     InvalidDeviceKey => BadRequest "device.invalid_key" DEBUG
         "A device key is a canonical Ed25519 public key of 32 bytes.";
@@ -373,11 +392,22 @@ impl From<GroupRefusal> for Error {
             GroupRefusal::NotFound => Self::GroupNotFound,
             GroupRefusal::NotMember => Self::NotGroupMember,
             GroupRefusal::NotAdmin => Self::NotGroupAdmin,
+            GroupRefusal::Banned => Self::BannedFromGroup,
             GroupRefusal::NoSuchAccount(_) => Self::NoSuchMember,
             GroupRefusal::Full => Self::GroupFull,
             GroupRefusal::IdTaken => Self::GroupIdTaken,
             GroupRefusal::StaleVersion(_) => Self::StaleGroupVersion,
             GroupRefusal::StaleEpoch(epoch) => Self::StaleEpoch(epoch),
+        }
+    }
+}
+
+impl From<BanRefusal> for Error {
+    fn from(refusal: BanRefusal) -> Self {
+        match refusal {
+            BanRefusal::NoSuchAccount => Self::UserNotFound,
+            BanRefusal::OwnAccount => Self::OwnAccount,
+            BanRefusal::Group(refusal) => refusal.into(),
         }
     }
 }

@@ -31,7 +31,7 @@ mod waiters;
 
 pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts, RegistrationMode};
-pub use auth::{Admin, Caller, FreshCaller, SessionLifetimes};
+pub use auth::{Admin, Caller, FreshCaller, ModeratingCaller, SessionLifetimes};
 pub use connection::{ClientConnection, Events};
 pub use dispatch::{Cx, Handled, Handler, Response};
 pub use error::{Code, Error};

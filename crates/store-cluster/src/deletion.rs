@@ -329,7 +329,7 @@ impl Erasure {
             ErasureStep::DeleteRows(sql) | ErasureStep::BuryKeys(sql) => {
                 sqlx::query_scalar(sql.as_str()).bind(self.account)
             }
-            ErasureStep::ForgetPairs(sql) => {
+            ErasureStep::ForgetKey(sql) => {
                 sqlx::query_scalar(sql.as_str()).bind(self.identity.as_bytes().to_vec())
             }
             ErasureStep::LeaveGroups => {

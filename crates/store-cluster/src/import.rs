@@ -295,7 +295,8 @@ async fn move_in(connection: &mut PgConnection) -> sqlx::Result<()> {
             sqlx::raw_sql(analyze).execute(&mut *connection).await?;
         }
     }
-    sqlx::raw_sql(COUNT_DEVICES).execute(connection).await.map(drop)
+    sqlx::raw_sql(COUNT_DEVICES).execute(&mut *connection).await?;
+    sqlx::raw_sql(COUNT_BLOCKS).execute(connection).await.map(drop)
 }
 
 /// Sets the number of devices of each imported inbox. From then on, the devices are the readers.
@@ -303,6 +304,13 @@ const COUNT_DEVICES: &str = "
     UPDATE inbox i SET devices = c.devices
       FROM (SELECT s.moved, count(*) AS devices
               FROM import_device d JOIN import_account s ON s.id = d.account GROUP BY s.moved) c
+     WHERE i.id = c.moved";
+
+/// Sets the number of blocks of each imported inbox.
+const COUNT_BLOCKS: &str = "
+    UPDATE inbox i SET blocks = c.blocks
+      FROM (SELECT s.moved, count(*) AS blocks
+              FROM import_block b JOIN import_account s ON s.id = b.account GROUP BY s.moved) c
      WHERE i.id = c.moved";
 
 const NUMBER_ACCOUNTS: &str =

@@ -12,12 +12,16 @@
 //! - `tables`: the description of every table, from which `import` and `deletion` generate their
 //!   statements.
 //! - `inboxes`, `wakes`: the path of a message. `accounts` with `deletion`, `sessions`, `devices`,
-//!   `groups`, `keys`, `limiter`, `account_events`, `maintenance`, `jobs`: one port each.
+//!   `groups`, `bans`, `blocks`, `reports`, `audit`, `keys`, `limiter`, `account_events`,
+//!   `maintenance`, `jobs`: one port each.
 //! - `history`: detects a Postgres that has returned to an earlier state; `time`: the clocks of the
 //!   edge and of Postgres; `operate`: the connection for backups and restores.
 
 mod account_events;
 mod accounts;
+mod audit;
+mod bans;
+mod blocks;
 mod config;
 mod deletion;
 mod devices;
@@ -40,6 +44,7 @@ mod nats;
 mod operate;
 mod postgres;
 mod redis;
+mod reports;
 mod sessions;
 mod skeletons;
 mod store;

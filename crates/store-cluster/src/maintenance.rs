@@ -13,7 +13,7 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use qpq_domain::{DeliveryLimits, IdentityKey, StoreId, TokenHash, UnixMillis};
+use qpq_domain::{DeliveryLimits, IdentityKey, ReportLimits, StoreId, TokenHash, UnixMillis};
 use qpq_ports::{
     EXPIRED_INVITES, Maintenance, NewHistory, OldSessions, StoreError, StoreResult, Swept,
 };
@@ -22,7 +22,7 @@ use sqlx::PgConnection;
 use tokio::time::Instant;
 
 use crate::{
-    ClusterStore, ConnectError,
+    ClusterStore, ConnectError, bans,
     deletion::FORGET_NAMES,
     effects::Effects,
     error::{PostgresError, Server},
@@ -34,6 +34,7 @@ use crate::{
         Database, Repeat, Scope, Statement,
         row::{Columns as _, millis, millis_of, now_of},
     },
+    reports,
     sessions::tokens,
     store::Inner,
     time::Time,
@@ -84,10 +85,15 @@ enum Expiring {
     Invites,
     /// Reserved names of deleted accounts.
     Names,
+    /// Bans of the server that have ended.
+    Bans,
+    /// Bans of groups that have ended.
+    GroupBans,
+    Reports,
 }
 
 impl Expiring {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 12] = [
         Self::Messages,
         Self::Positions,
         Self::Ids,
@@ -97,6 +103,9 @@ impl Expiring {
         Self::Commits,
         Self::Invites,
         Self::Names,
+        Self::Bans,
+        Self::GroupBans,
+        Self::Reports,
     ];
 
     /// Returns the label in metrics.
@@ -111,6 +120,9 @@ impl Expiring {
             Self::Commits => "sweep_commits",
             Self::Invites => "sweep_invites",
             Self::Names => "sweep_reserved_names",
+            Self::Bans => "sweep_bans",
+            Self::GroupBans => "sweep_group_bans",
+            Self::Reports => "sweep_reports",
         }
     }
 }
@@ -165,9 +177,10 @@ impl Inner {
     /// Removes one batch of a kind. Retries with fewer rows if the transaction takes too long.
     async fn sweep_kind(&self, kind: Expiring, now: UnixMillis) -> Result<Swept, PostgresError> {
         let (sizes, limits) = (&self.sweep_sizes, &self.limits.delivery);
+        let reports = self.limits.reports;
         loop {
             let (ended, moved) = (Mutex::default(), Mutex::default());
-            let sweep = Sweep { kind, now, rows: sizes.get(kind), limits, ended, moved };
+            let sweep = Sweep { kind, now, rows: sizes.get(kind), limits, reports, ended, moved };
             let swept = self.database.run(&sweep).await;
             let ended_sessions = sweep.ended.into_inner();
             self.applier.apply(Effects { ended_sessions, ..Effects::default() }).await;
@@ -270,6 +283,7 @@ struct Sweep<'a> {
     now: UnixMillis,
     rows: i64,
     limits: &'a DeliveryLimits,
+    reports: ReportLimits,
     /// Sessions that were removed, in all attempts.
     ended: Mutex<Vec<TokenHash>>,
     /// Accounts with a device that was marked as moved, in all attempts.
@@ -287,7 +301,7 @@ impl Statement for Sweep<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<u64> {
-        let Self { kind, now, rows, limits, ref ended, ref moved } = *self;
+        let Self { kind, now, rows, limits, reports: report_limits, ref ended, ref moved } = *self;
         // The lock lasts until the end of the transaction. An edge without it leaves the work to
         // the edge that has it.
         let locked: bool = sqlx::query_scalar("SELECT pg_try_advisory_xact_lock($1)")
@@ -314,6 +328,14 @@ impl Statement for Sweep<'_> {
                 query.execute(connection).await?.rows_affected()
             }
             Expiring::Names => plain(FORGET_NAMES).execute(connection).await?.rows_affected(),
+            Expiring::Bans => plain(bans::SWEEP).execute(connection).await?.rows_affected(),
+            Expiring::GroupBans => {
+                plain(bans::SWEEP_OF_GROUPS).execute(connection).await?.rows_affected()
+            }
+            Expiring::Reports => {
+                let sweep = plain(reports::SWEEP).bind(millis_of(report_limits.max_age));
+                sweep.execute(connection).await?.rows_affected()
+            }
             Expiring::Sessions => {
                 let tokens = tokens(&plain(SESSIONS).fetch_all(connection).await?)?;
                 let rows = tokens.len() as u64;

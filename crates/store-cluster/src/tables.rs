@@ -35,6 +35,11 @@ pub(crate) enum Erased {
     /// The column, which has two identity keys one after the other, becomes NULL where one of them
     /// is the account's.
     PairsWith(&'static str),
+    /// The rows of other accounts are deleted whose column has the account's identity key, as by
+    /// BlockUser (`blocks`).
+    BlocksOf(&'static str),
+    /// The identity key in the column is replaced by its tombstone.
+    KeyIn(&'static str),
     /// The account leaves its groups, as by RemoveMember (`groups`).
     Memberships,
     /// The rows of the account are deleted. Their keys become tombstones.
@@ -169,6 +174,7 @@ static TABLES: &[TableDescription] = &[
             value("next_expiry"),
             // Counted after the transfer.
             local("devices"),
+            local("blocks"),
         ],
     },
     TableDescription {
@@ -313,6 +319,62 @@ static TABLES: &[TableDescription] = &[
         ],
     },
     TableDescription {
+        name: "ban",
+        content: Content::Transferred(Table::Ban),
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            column("account", Role::Account),
+            value("reason"),
+            value("banned_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_ban",
+        content: Content::Transferred(Table::GroupBan),
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            value("group_id"),
+            column("account", Role::Account),
+            value("reason"),
+            value("banned_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "report",
+        content: Content::Transferred(Table::Report),
+        erased: &[Erased::RowsOf("reporter")],
+        columns: &[
+            column("id", Role::RowNumber),
+            column("reporter", Role::AccountInOrder("id")),
+            value("digest"),
+            value("conversation_id"),
+            value("encrypted_report"),
+            value("reported_at"),
+        ],
+    },
+    TableDescription {
+        name: "block",
+        content: Content::Transferred(Table::Block),
+        erased: &[Erased::RowsOf("account"), Erased::BlocksOf("blocked")],
+        columns: &[column("account", Role::Account), value("blocked"), value("blocked_at")],
+    },
+    TableDescription {
+        name: "audit",
+        content: Content::Transferred(Table::Audit),
+        erased: &[Erased::KeyIn("actor"), Erased::KeyIn("subject")],
+        columns: &[
+            column("id", Role::Renumbered),
+            value("at"),
+            value("actor"),
+            value("action"),
+            value("subject"),
+            value("group_id"),
+            value("reason"),
+        ],
+    },
+    TableDescription {
         name: "job",
         content: Content::Transferred(Table::Job),
         // A job refers to an account by a random id, never by its number, name or key.
@@ -441,7 +503,10 @@ impl TableDescription {
         let number = self.columns.iter().find(|column| column.role == Role::Renumbered)?.name;
         let name = self.name;
         Some(format!(
-            "UPDATE import_{name} SET moved = nextval(pg_get_serial_sequence('{name}', '{number}'))"
+            "UPDATE import_{name} t SET moved = n.moved
+               FROM (SELECT {number}, nextval(pg_get_serial_sequence('{name}', '{number}')) AS moved
+                       FROM (SELECT {number} FROM import_{name} ORDER BY {number}) o) n
+              WHERE n.{number} = t.{number}"
         ))
     }
 
@@ -542,9 +607,9 @@ pub(crate) const fn sql_type(kind: ColumnType) -> &'static str {
 pub(crate) enum ErasureStep {
     /// Deletes rows of the account: $1 account, $2 maximum rows. Returns their number.
     DeleteRows(String),
-    /// Removes the identity key from pairs: $1 identity key, $2 maximum rows. Returns the number of
-    /// changed rows.
-    ForgetPairs(String),
+    /// Removes the identity key from rows, or rows that have it: $1 identity key, $2 maximum rows.
+    /// Returns the number of changed rows.
+    ForgetKey(String),
     /// Removes the account from its groups.
     LeaveGroups,
     /// Replaces keys by tombstones: $1 account, $2 maximum rows. Returns the number of keys.
@@ -580,6 +645,12 @@ impl ErasureSteps {
                         own.push(ErasureStep::DeleteRows(delete_messages_of(name, inbox)));
                     }
                     Erased::PairsWith(pair) => own.extend(forget_pairs(name, pair)),
+                    Erased::BlocksOf(blocked) => {
+                        own.push(ErasureStep::ForgetKey(unblock(name, blocked)));
+                    }
+                    Erased::KeyIn(key) => {
+                        own.push(ErasureStep::ForgetKey(bury_identity(name, key)));
+                    }
                     Erased::Memberships => own.push(ErasureStep::LeaveGroups),
                     Erased::Keys { account, key } => {
                         own.push(ErasureStep::BuryKeys(bury_keys(name, account, key)));
@@ -624,7 +695,7 @@ fn delete_messages_of(name: &str, inbox: &str) -> String {
 
 fn forget_pairs(name: &str, pair: &str) -> [ErasureStep; 2] {
     [1, 33].map(|first| {
-        ErasureStep::ForgetPairs(format!(
+        ErasureStep::ForgetKey(format!(
             "WITH changed AS (
                  UPDATE {name} SET {pair} = NULL WHERE id = ANY (ARRAY (
                      SELECT id FROM {name}
@@ -633,6 +704,33 @@ fn forget_pairs(name: &str, pair: &str) -> [ErasureStep; 2] {
              SELECT count(*) FROM changed"
         ))
     })
+}
+
+/// Locks the heads of the inboxes that have the blocks, and counts the blocks down.
+fn unblock(name: &str, blocked: &str) -> String {
+    format!(
+        "WITH due AS MATERIALIZED (
+             SELECT i.id FROM {name} t JOIN inbox i ON i.id = t.account
+              WHERE t.{blocked} = $1 ORDER BY i.id LIMIT $2),
+         head AS MATERIALIZED (
+             SELECT id FROM inbox WHERE id IN (SELECT id FROM due)
+              ORDER BY id FOR NO KEY UPDATE),
+         removed AS (
+             DELETE FROM {name} t USING head h WHERE t.account = h.id AND t.{blocked} = $1
+             RETURNING t.account),
+         counted AS (
+             UPDATE inbox i SET blocks = i.blocks - 1 FROM removed r WHERE i.id = r.account)
+         SELECT count(*) FROM removed"
+    )
+}
+
+fn bury_identity(name: &str, key: &str) -> String {
+    format!(
+        "WITH changed AS (
+             UPDATE {name} SET {key} = sha256('qpq/key/1'::bytea || $1) WHERE id = ANY (ARRAY (
+                 SELECT id FROM {name} WHERE {key} = $1 ORDER BY id LIMIT $2)) RETURNING 1)
+         SELECT count(*) FROM changed"
+    )
 }
 
 fn bury_keys(name: &str, account: &str, key: &str) -> String {

@@ -83,7 +83,9 @@ const FORGET_NAMES: &str = "
 #[cfg(test)]
 pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
     let own = STEPS.own.iter().flat_map(|step| match step {
-        ErasureStep::DeleteRows(sql) | ErasureStep::ForgetPairs(sql) => vec![sql.as_str()],
+        ErasureStep::DeleteRows(sql)
+        | ErasureStep::ForgetKey(sql)
+        | ErasureStep::BuryIdentity(sql) => vec![sql.as_str()],
         ErasureStep::BuryKeys { find, delete } => vec![find.as_str(), delete.as_str()],
         ErasureStep::LeaveGroups => vec![],
     });
@@ -286,9 +288,14 @@ impl Erasure {
                 let query = sqlx::query(sql.as_str()).bind(self.account).bind(SWEEP_ROWS);
                 Ok(query.execute(tx).await?.rows_affected())
             }
-            ErasureStep::ForgetPairs(sql) => {
+            ErasureStep::ForgetKey(sql) => {
                 let query = sqlx::query(sql.as_str()).bind(&self.identity.as_bytes()[..]);
                 Ok(query.bind(SWEEP_ROWS).execute(tx).await?.rows_affected())
+            }
+            ErasureStep::BuryIdentity(sql) => {
+                let query = sqlx::query(sql.as_str()).bind(&self.identity.as_bytes()[..]);
+                let query = query.bind(SWEEP_ROWS).bind(identity_tombstone(&self.identity));
+                Ok(query.execute(tx).await?.rows_affected())
             }
             ErasureStep::LeaveGroups => {
                 groups::leave_groups(tx, AccountId(self.account), GROUPS).await

@@ -15,6 +15,8 @@ use qpq_ports::{
 use sqlx::{Row as _, SqliteConnection, sqlite::SqliteRow};
 
 pub(crate) use self::change::leave_groups;
+pub(crate) use self::change::remove;
+
 use self::{
     change::{AddMembers, CreateGroup, RemoveMember, UpdateMetadata},
     send::SendToGroup,
@@ -28,7 +30,8 @@ use crate::{
 #[async_trait]
 impl Groups for EmbeddedStore {
     async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>> {
-        self.writer.run(CreateGroup(group)).await
+        let at = self.memory.clock.bounds(group.now).earliest;
+        self.writer.run(CreateGroup { new: group, at }).await
     }
 
     async fn add_members(
@@ -39,7 +42,8 @@ impl Groups for EmbeddedStore {
         role: Role,
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>> {
-        self.writer.run(AddMembers { group, actor, members, role, now }).await
+        let at = self.memory.clock.bounds(now).earliest;
+        self.writer.run(AddMembers { group, actor, members, role, now, at }).await
     }
 
     async fn remove_member(
@@ -82,6 +86,16 @@ impl Groups for EmbeddedStore {
             .await
             .and_then(|row| info(row.as_ref()))
             .map_err(read_failed)
+    }
+
+    async fn role(
+        &self,
+        group: GroupId,
+        account: AccountId,
+    ) -> StoreResult<Result<Option<Role>, GroupRefusal>> {
+        let mut reader = self.readers.acquire().await.map_err(read_failed)?;
+        let head = Head::find(&mut reader, &group, account).await.map_err(read_failed)?;
+        Ok(head.map(|head| head.role).ok_or(GroupRefusal::NotFound))
     }
 
     async fn send(&self, message: GroupMessage) -> StoreResult<Result<GroupSent, GroupRefusal>> {
@@ -144,7 +158,7 @@ pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
 
 /// The state of a group, and the role of the calling account in it.
 #[derive(Clone, Copy, Debug)]
-struct Head {
+pub(crate) struct Head {
     epoch: u64,
     version: u64,
     /// `None` if the account is not a member.
@@ -153,7 +167,7 @@ struct Head {
 
 impl Head {
     /// Returns the group; `None` if there is none with this id.
-    async fn find(
+    pub(crate) async fn find(
         connection: &mut SqliteConnection,
         group: &GroupId,
         account: AccountId,
@@ -184,7 +198,7 @@ impl Head {
     }
 
     /// Returns the group if the account is an admin.
-    async fn of_admin(
+    pub(crate) async fn of_admin(
         connection: &mut SqliteConnection,
         group: &GroupId,
         account: AccountId,

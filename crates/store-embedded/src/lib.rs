@@ -22,13 +22,16 @@
 //! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
-//! | `accounts`, `deletion`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `accounts`, `deletion`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `bans`, `blocks`, `reports`, `audit`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
 //! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
 mod absence;
 mod accept_clock;
 mod accounts;
+mod audit;
 mod backup;
+mod bans;
+mod blocks;
 mod clock;
 mod damage;
 mod deletion;
@@ -53,6 +56,7 @@ mod metrics;
 mod open;
 mod open_error;
 mod reader;
+mod reports;
 mod row;
 mod schema;
 mod sessions;

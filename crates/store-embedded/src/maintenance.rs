@@ -13,6 +13,7 @@ use sqlx::SqliteConnection;
 
 use crate::{
     absence::{Absence, MoveAbsent, Moved},
+    bans::SweepBans,
     clock::{Bounds, ClockGuard},
     damage::CheckStructure,
     deletion::SweepNames,
@@ -23,6 +24,7 @@ use crate::{
     invites::SweepInvites,
     keys::SweepKeyPackages,
     messages::remove::{self, Removal, SWEEP_ROWS, Selection},
+    reports::SweepReports,
     sessions::SweepSessions,
     statement::{Done, Scope, Statement},
     store::EmbeddedStore,
@@ -59,9 +61,21 @@ impl Maintenance for EmbeddedStore {
         let commits = self.writer.run(SweepCommits { now }).await?;
         let invites = self.writer.run(SweepInvites { now }).await?;
         let names = self.writer.run(SweepNames { now }).await?;
+        let bans = self.writer.run(SweepBans { now }).await?;
+        let max_age = self.limits.reports.max_age;
+        let reports = self.writer.run(SweepReports { now, max_age }).await?;
         let moved = self.move_absent(bounds).await?;
         Ok(Swept {
-            rows: messages + ids + key_packages + sessions + commits + invites + names + moved.rows,
+            rows: messages
+                + ids
+                + key_packages
+                + sessions
+                + commits
+                + invites
+                + names
+                + bans
+                + reports
+                + moved.rows,
             moved: moved.account.into_iter().collect(),
         })
     }

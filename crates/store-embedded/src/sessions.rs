@@ -6,6 +6,7 @@ use qpq_ports::{NewSession, Session, SessionCreation, Sessions, StoreResult};
 use sqlx::{SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
+    bans,
     effects::{Effects, SessionUse},
     error::read_failed,
     messages::remove::SWEEP_ROWS,
@@ -16,8 +17,9 @@ use crate::{
 
 #[async_trait]
 impl Sessions for EmbeddedStore {
-    async fn create(&self, session: NewSession) -> StoreResult<SessionCreation> {
-        self.writer.run(Create(session)).await
+    async fn create(&self, new: NewSession) -> StoreResult<SessionCreation> {
+        let now = self.memory.clock.bounds(new.session.authenticated_at).earliest;
+        self.writer.run(Create { new, now }).await
     }
 
     async fn find(&self, token: &TokenHash) -> StoreResult<Option<Session>> {
@@ -74,14 +76,21 @@ fn session(row: &SqliteRow) -> sqlx::Result<Session> {
     })
 }
 
-struct Create(NewSession);
+/// Creates a session, unless the account is banned at `now`.
+struct Create {
+    new: NewSession,
+    now: UnixMillis,
+}
 
 impl Statement for Create {
     type Answer = SessionCreation;
     const NAME: &'static str = "create session";
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<SessionCreation>> {
-        let NewSession { token, session } = &self.0;
+        let NewSession { token, session } = &self.new;
+        if bans::is_banned(tx, session.account, self.now).await? {
+            return Ok(Done::keep(SessionCreation::Banned));
+        }
         // A token is 256 random bits, so the row with the token is of a repeat of the same
         // creation.
         let created = sqlx::query(

@@ -30,6 +30,11 @@ pub(crate) enum Erased {
     /// The column, which has two identity keys one after the other, becomes NULL where one of them
     /// is the account's.
     PairsWith(&'static str),
+    /// The rows of other accounts are deleted whose column has the account's identity key, as by
+    /// BlockUser (`blocks`).
+    BlocksOf(&'static str),
+    /// The identity key in the column is replaced by its tombstone.
+    KeyIn(&'static str),
     /// The account leaves its groups, as by RemoveMember (`groups`).
     Memberships,
     /// The rows of the account are deleted. Their keys become tombstones.
@@ -148,6 +153,7 @@ static TABLES: &[TableDescription] = &[
             value("bytes"),
             value("next_expiry"),
             column("devices", Role::Derived),
+            column("blocks", Role::Derived),
         ],
     },
     TableDescription {
@@ -286,6 +292,62 @@ static TABLES: &[TableDescription] = &[
             value("epoch"),
             value("committed_at"),
             value("outcome"),
+        ],
+    },
+    TableDescription {
+        name: "ban",
+        content: Content::Transferred { to: Table::Ban, key: 1 },
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            column("account", Role::Account),
+            value("reason"),
+            value("banned_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "group_ban",
+        content: Content::Transferred { to: Table::GroupBan, key: 2 },
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            value("group_id"),
+            column("account", Role::Account),
+            value("reason"),
+            value("banned_at"),
+            value("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "report",
+        content: Content::Transferred { to: Table::Report, key: 1 },
+        erased: &[Erased::RowsOf("reporter")],
+        columns: &[
+            column("id", Role::RowNumber),
+            column("reporter", Role::AccountInOrder("id")),
+            value("digest"),
+            value("conversation_id"),
+            value("encrypted_report"),
+            value("reported_at"),
+        ],
+    },
+    TableDescription {
+        name: "block",
+        content: Content::Transferred { to: Table::Block, key: 2 },
+        erased: &[Erased::RowsOf("account"), Erased::BlocksOf("blocked")],
+        columns: &[column("account", Role::Account), value("blocked"), value("blocked_at")],
+    },
+    TableDescription {
+        name: "audit",
+        content: Content::Transferred { to: Table::Audit, key: 1 },
+        erased: &[Erased::KeyIn("actor"), Erased::KeyIn("subject")],
+        columns: &[
+            column("id", Role::RowNumber),
+            value("at"),
+            value("actor"),
+            value("action"),
+            value("subject"),
+            value("group_id"),
+            value("reason"),
         ],
     },
     TableDescription {
@@ -467,8 +529,10 @@ impl TableDescription {
 pub(crate) enum ErasureStep {
     /// Deletes rows of the account: ?1 account, ?2 maximum rows.
     DeleteRows(String),
-    /// Removes the identity key from pairs: ?1 identity key, ?2 maximum rows.
-    ForgetPairs(String),
+    /// Removes the identity key from rows, or rows that have it: ?1 identity key, ?2 maximum rows.
+    ForgetKey(String),
+    /// Replaces the identity key by its tombstone: ?1 identity key, ?2 maximum rows, ?3 tombstone.
+    BuryIdentity(String),
     /// Removes the account from its groups.
     LeaveGroups,
     /// Replaces keys by tombstones. `find` returns keys: ?1 account, ?2 maximum rows. `delete`
@@ -501,6 +565,12 @@ impl ErasureSteps {
                         own.push(ErasureStep::DeleteRows(table.delete_rows_of(column)));
                     }
                     Erased::PairsWith(pair) => own.extend(table.forget_pairs(pair)),
+                    Erased::BlocksOf(blocked) => {
+                        own.push(ErasureStep::ForgetKey(table.delete_rows_of(blocked)));
+                    }
+                    Erased::KeyIn(key) => {
+                        own.push(ErasureStep::BuryIdentity(table.bury_identity(key)));
+                    }
                     Erased::Memberships => own.push(ErasureStep::LeaveGroups),
                     Erased::Keys { account, key } => own.push(table.bury_keys(account, key)),
                     Erased::RowsSentBy { inbox, sender } => {
@@ -537,12 +607,20 @@ impl TableDescription {
     fn forget_pairs(&self, pair: &str) -> [ErasureStep; 2] {
         let (name, key) = (self.name, self.row_key());
         [1, 33].map(|first| {
-            ErasureStep::ForgetPairs(format!(
+            ErasureStep::ForgetKey(format!(
                 "UPDATE {name} SET {pair} = NULL WHERE ({key}) IN (
                      SELECT {key} FROM {name}
                       WHERE substr({pair}, {first}, 32) = ?1 AND {pair} IS NOT NULL LIMIT +?2)"
             ))
         })
+    }
+
+    fn bury_identity(&self, key: &str) -> String {
+        let name = self.name;
+        format!(
+            "UPDATE {name} SET {key} = ?3 WHERE id IN (
+                 SELECT id FROM {name} WHERE {key} = ?1 LIMIT +?2)"
+        )
     }
 
     fn bury_keys(&self, account: &str, key: &str) -> ErasureStep {

@@ -4,6 +4,7 @@
 mod account;
 mod device;
 mod group;
+mod moderate;
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -11,7 +12,12 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use qpq_client::{FIRST_DEVICE, Fingerprint, IdentityKey, Username};
 
-pub(crate) use self::{account::AccountCommand, device::DeviceCommand, group::GroupCommand};
+pub(crate) use self::{
+    account::AccountCommand,
+    device::DeviceCommand,
+    group::GroupCommand,
+    moderate::{BanDuration, ModerateCommand},
+};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -256,8 +262,12 @@ pub(crate) enum Command {
     },
     /// Refuse the messages of a user
     ///
-    /// New messages from the user are not shown, and groups created by the user are not
-    /// joined. The user is not notified. Earlier messages stay.
+    /// The server refuses new messages from the user, and groups created by the user are
+    /// not joined. The user is not notified, and sees that messages are refused. Earlier
+    /// messages stay.
+    ///
+    /// Without a connection, the user is blocked on this machine. The server is informed
+    /// by the next `qpq recv`.
     ///
     /// Examples:
     ///   qpq block mallory
@@ -300,6 +310,9 @@ pub(crate) enum Command {
         #[arg(value_name = "USER|GROUP")]
         which: Recipient,
     },
+    /// Ban users from the server, and read reports; for administrators
+    #[command(subcommand)]
+    Moderate(ModerateCommand),
     /// List the profiles on this machine
     Profiles,
     /// Print the completions for bash, zsh, fish, elvish or powershell

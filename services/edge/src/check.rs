@@ -245,7 +245,7 @@ fn check_cluster(config: &Config, report: &mut Report) {
             Err(error) => report.problem(CertificateError::from(error)),
         }
     }
-    match sections.store(opaque_fingerprint, config.delivery(), config.key_packages()) {
+    match sections.store(opaque_fingerprint, config.store_limits()) {
         Ok(store) => store.problems().iter().for_each(|error| report.problem(with_causes(error))),
         Err(error) => report.problem(error),
     }

@@ -4,7 +4,7 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits};
+use qpq_domain::StoreLimits;
 use qpq_runtime::{
     config::{Broken, Named},
     section,
@@ -157,14 +157,13 @@ impl<'a> Sections<'a> {
     pub(crate) fn store(
         &self,
         opaque_setup: [u8; 32],
-        delivery: DeliveryLimits,
-        key_packages: KeyPackageLimits,
+        limits: StoreLimits,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
         let Self { redis, nats, .. } = self;
         Ok(qpq_store_cluster::Config {
             redis: endpoint(&redis.url, "redis.password_file", &redis.password_file, &redis.ca)?,
             nats: endpoint(&nats.url, "nats.password_file", &nats.password_file, &nats.ca)?,
-            ..self.database(opaque_setup, delivery, key_packages)?
+            ..self.database(opaque_setup, limits)?
         })
     }
 
@@ -173,8 +172,7 @@ impl<'a> Sections<'a> {
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
-        delivery: DeliveryLimits,
-        key_packages: KeyPackageLimits,
+        limits: StoreLimits,
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
         let Self { postgres, redis, cluster, .. } = self;
         let none = || Endpoint { url: String::new(), password: None, ca: None };
@@ -194,7 +192,7 @@ impl<'a> Sections<'a> {
             namespace: cluster.namespace.clone(),
             migrate: cluster.migrate.0,
             opaque_setup,
-            limits: StoreLimits { delivery, key_packages },
+            limits,
             timing: Timing {
                 poll: cluster.poll,
                 lease: cluster.lease,

@@ -60,6 +60,8 @@ section! {
         delivery: Delivery = Delivery::default();
         /// KeyPackages.
         keys: Keys = Keys::default();
+        /// Reports to the administrators.
+        reports: Reports = Reports::default();
         /// Sessions, which begin with a login.
         session: Session = Session::default();
         /// Registration and login.
@@ -214,6 +216,16 @@ section! {
 }
 
 section! {
+    /// Reports to the administrators.
+    pub struct Reports {
+        /// Maximum number of stored reports of one account.
+        max_per_account: u32 = qpq_domain::ReportLimits::default().max_per_account;
+        /// Time after which a report is removed.
+        max_age: Duration = qpq_domain::ReportLimits::default().max_age;
+    }
+}
+
+section! {
     /// Sessions, which begin with a login.
     pub struct Session {
         /// Lifetime of a session after its last use.
@@ -246,7 +258,8 @@ section! {
 section! {
     /// Administrators.
     pub struct Admin {
-        /// The accounts that may call the methods of administrators. Such a username, and every one
+        /// The accounts that may call the methods of administrators: they ban accounts and read
+        /// reports, and cannot be banned from the server. Such a username, and every one
         /// that looks like it, can be registered only with an invite that names it: `qpq-admin
         /// invite create --username NAME`.
         usernames: Vec<String> = Vec::new();
@@ -309,7 +322,7 @@ impl Config {
         &self,
         opaque_setup: [u8; 32],
     ) -> Result<qpq_store_cluster::Config, PasswordFileError> {
-        self.cluster_sections().database(opaque_setup, self.delivery(), self.key_packages())
+        self.cluster_sections().database(opaque_setup, self.store_limits())
     }
 
     /// Returns the sections of a cluster.
@@ -391,6 +404,18 @@ impl Config {
         qpq_domain::KeyPackageLimits {
             max_bytes: bytes(self.keys.max_package),
             max_count: self.keys.max_packages,
+        }
+    }
+
+    /// Returns the limits that the store enforces.
+    pub(crate) fn store_limits(&self) -> qpq_domain::StoreLimits {
+        qpq_domain::StoreLimits {
+            delivery: self.delivery(),
+            key_packages: self.key_packages(),
+            reports: qpq_domain::ReportLimits {
+                max_per_account: self.reports.max_per_account,
+                max_age: self.reports.max_age,
+            },
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use qpq_domain::StoreLimits;
 use qpq_ports::{Clock, Stores, SystemClock};
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
@@ -50,9 +49,7 @@ impl Store {
             return Err(OpenError::Restoring(dir.path().to_owned()).into());
         }
         let secrets = secrets::load_or_create(&dir)?;
-        let limits =
-            StoreLimits { delivery: config.delivery(), key_packages: config.key_packages() };
-        let store = EmbeddedStore::open(dir.path(), limits).await?;
+        let store = EmbeddedStore::open(dir.path(), config.store_limits()).await?;
         match certificate::open(config) {
             Ok(opened) => Ok(Opened {
                 store: Self::Embedded(Box::new(store)),
@@ -76,8 +73,7 @@ impl Store {
             Some((cert, key)) => Certificates::load(&cert, &key).map_err(CertificateError::from)?,
             None => shared.certificates,
         };
-        let store =
-            sections.store(shared.opaque_fingerprint, config.delivery(), config.key_packages())?;
+        let store = sections.store(shared.opaque_fingerprint, config.store_limits())?;
         let store = ClusterStore::connect(&store).await?;
         tracing::info!(cluster = %shared.cluster, "edge joined its cluster");
         let edge = ClusterEdge { keys: shared.keys, name: config.cluster.edge.clone() };

@@ -1,16 +1,16 @@
-//! A session that is ended at one edge is refused at all others, after an account event through
-//! NATS, and without NATS after cached copies of the session are too old.
+//! A session that is ended at one edge, by a logout or a ban, is refused at all others, after an
+//! account event through NATS, and without NATS after cached copies of the session are too old.
 //! Calls that wait in the session end too, without messages.
 
 use std::time::Duration;
 
 use bytes::Bytes;
 use qpq_proto::{
-    methods::{FetchWait, Logout, Peek},
+    methods::{BanUser, FetchWait, Logout, OpaqueRegisterFinish, Peek, UnbanUser},
     v1,
 };
 use qpq_tests::{
-    accounts::{Account, login},
+    accounts::{Account, identity, login, login_with, registration, upload},
     client::{Client, Refused},
     cluster::{Cluster, Plan},
 };
@@ -25,6 +25,7 @@ const WITHIN: Duration = Duration::from_secs(10);
 /// The configured maximum age of a cached session.
 const CACHED: Duration = Duration::from_secs(2);
 const UNAUTHORIZED: u8 = 2;
+const PASSWORD: &[u8] = b"correct horse";
 
 struct World {
     cluster: Cluster,
@@ -34,8 +35,11 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let cluster =
-            Cluster::start(Plan { edges: EDGES, ..Plan::default() }).await.expect("a cluster");
+        Self::with(Plan::default()).await
+    }
+
+    async fn with(plan: Plan) -> Self {
+        let cluster = Cluster::start(Plan { edges: EDGES, ..plan }).await.expect("a cluster");
         let clients = client_at_each(&cluster, EDGES).await;
         let account = cluster.accounts(1).await.expect("an account").remove(0);
         Self { cluster, clients, account }
@@ -81,6 +85,16 @@ impl World {
     async fn revoke(&self, token: &Bytes, all_sessions: bool) -> u32 {
         let request = v1::LogoutRequest { all_sessions, ..Default::default() };
         self.clients[0].must::<Logout>(&request, Some(token)).await.expect("logged out").revoked
+    }
+
+    /// Registers an account at the first edge, and logs in.
+    async fn register(&self, username: &str) -> Bytes {
+        let client = &self.clients[0];
+        let upload = upload(client, username, PASSWORD).await.expect("an upload");
+        let request = registration(username, upload, &identity());
+        client.must::<OpaqueRegisterFinish>(&request, None).await.expect("registered");
+        let token = login_with(client, username, PASSWORD).await.expect("an answer");
+        token.expect("the right password")
     }
 
     async fn is_dead(&self, edge: usize, token: &Bytes) -> bool {
@@ -141,6 +155,32 @@ async fn waiting_calls_of_a_revoked_session_end() {
             assert_eq!(refused.status, UNAUTHORIZED, "{refused:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_banned_account_is_logged_out_at_every_edge_and_logs_in_at_none() {
+    let world = World::with(Plan::default().with("QPQ_ADMIN__USERNAMES", "root")).await;
+    let root = world.register("root").await;
+    let subject = || world.account.identity.clone();
+    let mut longest = Duration::ZERO;
+    for _ in 0..5 {
+        let token = world.session().await;
+        let parked = world.park(&token).await;
+        let ban = v1::BanUserRequest { identity_key: subject(), ..Default::default() };
+        world.clients[0].must::<BanUser>(&ban, Some(&root)).await.expect("banned");
+        longest = longest.max(world.dies(&token).await);
+        let ended = tokio::time::timeout(WITHIN, parked.join_all()).await.expect("they end soon");
+        assert!(ended.iter().all(|answer| answer.is_err()), "{ended:?}");
+        for client in &world.clients {
+            let refused = login(client, &world.account.username).await.expect_err("banned");
+            assert!(format!("{refused:?}").contains("auth.banned"), "{refused:?}");
+        }
+        let unban = v1::UnbanUserRequest { identity_key: subject(), ..Default::default() };
+        world.clients[1].must::<UnbanUser>(&unban, Some(&root)).await.expect("not banned");
+        login(&world.clients[2], &world.account.username).await.expect("a session");
+    }
+    println!("ended everywhere within {longest:?}");
+    assert!(longest < WITHIN, "it took {longest:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -46,6 +46,7 @@ impl Messenger {
             keys = NewKeys::Needed;
         }
         self.settle_names().await?;
+        unless_final("blocks", self.send_blocks().await)?;
         self.settle_keys(keys).await?;
         Box::pin(self.settle_groups()).await?;
         unless_final("repair", Box::pin(self.repair()).await)?;

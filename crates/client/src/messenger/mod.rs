@@ -40,6 +40,7 @@ mod link;
 mod listen;
 mod log;
 mod marker;
+mod moderation;
 mod note;
 mod open;
 mod outbox;
@@ -76,6 +77,7 @@ pub use self::{
     link::{InvalidLinkCode, LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking},
     listen::Listener,
     log::{ConversationId, DeliveryState, Entry, EntryId, Event},
+    moderation::GroupBan,
     open::NewAccount,
     people::{Person, Standing},
     requests::{ContactRequest, MAX_STRANGERS, Requests},

@@ -14,6 +14,8 @@ pub(super) const PEOPLE: Table = Table::new(35);
 pub(super) const UNCHECKED: Table = Table::new(36);
 /// Keys of people whose messages are refused. 38 to 41 are in `repair`.
 pub(super) const BLOCKED: Table = Table::new(42);
+/// Blocks, and ends of blocks, that the server does not know yet.
+pub(super) const UNSENT_BLOCKS: Table = Table::new(60);
 /// Single values.
 pub(super) const SETTINGS: Table = Table::new(37);
 /// Keys of acquaintances. The groups of acquaintances are joined without asking.

@@ -89,6 +89,35 @@ async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
 }
 
 #[tokio::test]
+async fn the_server_refuses_a_blocked_person_once_it_knows() {
+    let mut server = Server::start().await;
+    let (bob, mallory) = (server.user("bob").await, server.user("mallory").await);
+    let with_bob = dm(&mallory, "bob").await;
+    mallory.send(with_bob, "hello").await.unwrap();
+    assert_eq!(read(&bob).await, ["mallory: hello"]);
+    let mallorys = mallory.profile().identity;
+    bob.block(mallorys).await.unwrap();
+    bob.send_blocks().await.unwrap();
+    bob.send_blocks().await.unwrap();
+    assert!(matches!(mallory.send(with_bob, "one").await.unwrap().outcome, SendOutcome::Refused));
+
+    // Of changes without a connection, the server learns the last one.
+    let (dir, key) = (server.profile("bob"), bob.vault_key().await);
+    server.stop().await;
+    bob.unblock(mallorys).await.unwrap();
+    bob.block(mallorys).await.unwrap();
+    bob.unblock(mallorys).await.unwrap();
+    assert!(bob.send_blocks().await.is_err(), "the server cannot be reached");
+    drop(bob);
+    server.start_again().await;
+    let bob = restart(&dir, &key).await;
+    assert!(matches!(mallory.send(with_bob, "two").await.unwrap().outcome, SendOutcome::Refused));
+    assert_eq!(read(&bob).await, [""; 0]);
+    assert!(matches!(mallory.send(with_bob, "three").await.unwrap().outcome, SendOutcome::Sent));
+    assert_eq!(read(&bob).await, ["mallory: three"]);
+}
+
+#[tokio::test]
 async fn nothing_is_sent_to_a_blocked_person() {
     let server = Server::start().await;
     let [bob, mallory] = server.users(["bob", "mallory"]).await;

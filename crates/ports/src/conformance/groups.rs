@@ -19,7 +19,7 @@ use crate::{
 
 pub use self::messages::*;
 
-const G: GroupId = GroupId::new([0xee; 16]);
+pub(super) const G: GroupId = GroupId::new([0xee; 16]);
 const FIRST_PAGE: MemberPage = MemberPage { after: 0, limit: 1_000 };
 
 fn new_group(creator: RegisteredAccount, others: &[RegisteredAccount]) -> NewGroup {
@@ -34,14 +34,14 @@ fn new_group(creator: RegisteredAccount, others: &[RegisteredAccount]) -> NewGro
     }
 }
 
-fn direct(creator: RegisteredAccount, id: u8, other: RegisteredAccount) -> NewGroup {
+pub(super) fn direct(creator: RegisteredAccount, id: u8, other: RegisteredAccount) -> NewGroup {
     let pair = Pair::new(creator.identity, other.identity).expect("two");
     let members = NewMembers::Direct(pair);
     NewGroup { id: GroupId::new([id; 16]), members, ..new_group(creator, &[]) }
 }
 
 /// Creates a message of `sender` to all other members, without a commit.
-fn to_others(sender: RegisteredAccount, text: &str) -> GroupMessage {
+pub(super) fn to_others(sender: RegisteredAccount, text: &str) -> GroupMessage {
     let one = message(sender, sender, text);
     GroupMessage {
         group: G,
@@ -58,18 +58,18 @@ fn to_others(sender: RegisteredAccount, text: &str) -> GroupMessage {
     }
 }
 
-fn commit(sender: RegisteredAccount, text: &str, epoch: u64) -> GroupMessage {
+pub(super) fn commit(sender: RegisteredAccount, text: &str, epoch: u64) -> GroupMessage {
     let commit = Some(Commit { expected_epoch: epoch, group_info: None });
     GroupMessage { commit, ..to_others(sender, text) }
 }
 
 impl GroupMessage {
-    fn to(self, recipients: &[RegisteredAccount]) -> Self {
+    pub(super) fn to(self, recipients: &[RegisteredAccount]) -> Self {
         let listed = recipients.iter().map(|account| account.identity).collect();
         Self { recipients: GroupRecipients::Listed(listed), ..self }
     }
 
-    fn with_id(self, n: u8) -> Self {
+    pub(super) fn with_id(self, n: u8) -> Self {
         Self { message_id: Some(MessageId::new([n; 16])), ..self }
     }
 
@@ -78,7 +78,7 @@ impl GroupMessage {
         Self { commit, ..self }
     }
 
-    fn at(self, now: UnixMillis) -> Self {
+    pub(super) fn at(self, now: UnixMillis) -> Self {
         Self { now, ..self }
     }
 }
@@ -89,7 +89,7 @@ impl Bench {
     }
 
     /// Registers this many accounts and creates a group of them; the first one is the admin.
-    async fn group(&self, count: u8) -> Vec<RegisteredAccount> {
+    pub(super) async fn group(&self, count: u8) -> Vec<RegisteredAccount> {
         let mut accounts = Vec::new();
         for n in 1..=count {
             accounts.push(self.account(n).await);
@@ -99,11 +99,11 @@ impl Bench {
         accounts
     }
 
-    async fn create(&self, group: NewGroup) -> Result<Creation, GroupRefusal> {
+    pub(super) async fn create(&self, group: NewGroup) -> Result<Creation, GroupRefusal> {
         self.groups().create(group).await.expect("create")
     }
 
-    async fn add(
+    pub(super) async fn add(
         &self,
         actor: RegisteredAccount,
         members: &[RegisteredAccount],
@@ -134,7 +134,7 @@ impl Bench {
     }
 
     /// Returns the members and their roles, as listed for a member.
-    async fn roles(&self, viewer: RegisteredAccount) -> Vec<(String, Role)> {
+    pub(super) async fn roles(&self, viewer: RegisteredAccount) -> Vec<(String, Role)> {
         let view = self.view(viewer).await.expect("a member");
         view.members.into_iter().map(|member| (member.username, member.role)).collect()
     }
@@ -152,7 +152,10 @@ impl Bench {
         info.map(|info| (info.group_info, info.epoch))
     }
 
-    async fn send_to_group(&self, message: GroupMessage) -> Result<GroupSent, GroupRefusal> {
+    pub(super) async fn send_to_group(
+        &self,
+        message: GroupMessage,
+    ) -> Result<GroupSent, GroupRefusal> {
         self.groups().send(message).await.expect("send")
     }
 

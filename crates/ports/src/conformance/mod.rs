@@ -17,6 +17,8 @@
 mod bench;
 
 pub mod accounts;
+pub mod bans;
+pub mod blocks;
 pub mod clocks;
 pub mod deletion;
 pub mod devices;
@@ -33,6 +35,7 @@ pub mod limits;
 pub mod maintenance;
 pub mod readers;
 pub mod reading;
+pub mod reports;
 pub mod sender_share;
 pub mod sessions;
 pub mod wakes;
@@ -329,6 +332,52 @@ macro_rules! conformance {
                 a_deletion_during_sends_leaves_no_message_and_no_gap,
                 a_registration_during_a_deletion_never_takes_its_key,
                 a_message_to_a_group_during_a_deletion_reaches_the_others,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            bans,
+            [
+                a_ban_of_the_server_ends_all_sessions_and_refuses_new_ones,
+                a_ban_with_an_end_ends_by_itself,
+                a_later_ban_replaces_the_reason_and_the_end,
+                an_unban_ends_a_ban,
+                unknown_accounts_and_the_own_account_are_not_banned,
+                of_a_ban_and_concurrent_logins_no_session_remains,
+                a_ban_of_a_group_removes_the_member_and_refuses_its_messages,
+                a_banned_account_is_not_added_to_the_group,
+                a_direct_group_does_not_get_back_a_banned_member,
+                only_admins_of_a_group_ban_from_it,
+                a_group_that_is_removed_takes_its_bans_along,
+                of_a_ban_and_concurrent_additions_the_ban_wins,
+                a_ban_during_sends_lets_no_later_message_through,
+                every_ban_and_unban_is_in_the_audit_trail,
+                a_clock_that_is_ahead_ends_no_ban,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            blocks,
+            [
+                a_message_of_a_blocked_sender_is_refused_and_stores_nothing,
+                a_block_is_listed_until_it_ends,
+                unknown_accounts_and_the_own_account_are_not_blocked,
+                a_repeat_of_an_accepted_message_is_answered_after_a_block,
+                messages_of_others_in_the_same_call_are_accepted,
+                a_message_to_a_group_skips_and_counts_a_blocking_member,
+                a_block_during_sends_lets_no_later_message_through,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            reports,
+            [
+                reports_are_read_newest_first_and_page_by_page,
+                a_page_of_reports_ends_at_its_bytes,
+                a_repeated_report_is_stored_once,
+                an_account_has_no_more_than_the_maximum_of_reports,
+                old_reports_are_swept,
+                each_read_of_reports_is_in_the_audit_trail,
             ]
         );
         $crate::conformance_area!(

@@ -15,7 +15,7 @@
 //! | listed: for each recipient, the outcome | u8 and its fields, as follows |
 //! | 0: a message of the group with that time and hash | u64: seq |
 //! | 1: another message | u64: seq, u64: time, 32: SHA-256, u8: length of the channel, channel |
-//! | 2: no such recipient; 3: queue full; 4: sender share | |
+//! | 2: no such recipient; 3: queue full; 4: sender share; 5: refused | |
 
 use qpq_domain::{ChannelId, Seq, UnixMillis};
 
@@ -32,6 +32,7 @@ const OTHER: u8 = 1;
 const NO_SUCH_RECIPIENT: u8 = 2;
 const QUEUE_FULL: u8 = 3;
 const SENDER_SHARE: u8 = 4;
+const REFUSED: u8 = 5;
 
 impl GroupSent {
     /// Returns the result of a message that was accepted in `epoch` with this outcome for each
@@ -44,8 +45,9 @@ impl GroupSent {
         if let GroupRecipients::Listed(_) = message.recipients {
             return sent;
         }
-        let is_skipped =
-            |outcome: &&Enqueued| matches!(outcome, Enqueued::QueueFull | Enqueued::SenderShare);
+        let is_skipped = |outcome: &&Enqueued| {
+            matches!(outcome, Enqueued::Refused | Enqueued::QueueFull | Enqueued::SenderShare)
+        };
         let skipped: Vec<_> = sent.outcomes.iter().filter(is_skipped).collect();
         Self { skipped: count(&skipped), outcomes: Vec::new(), ..sent }
     }
@@ -123,6 +125,7 @@ fn encode_listed(outcomes: &[Enqueued], channel: ChannelId) -> Vec<u8> {
                 }
             }
             Enqueued::NoSuchRecipient => bytes.push(NO_SUCH_RECIPIENT),
+            Enqueued::Refused => bytes.push(REFUSED),
             Enqueued::QueueFull => bytes.push(QUEUE_FULL),
             Enqueued::SenderShare => bytes.push(SENDER_SHARE),
         }
@@ -175,6 +178,7 @@ fn decode_one(bytes: &mut &[u8], first: &Receipt) -> Option<Enqueued> {
             Enqueued::Duplicate(Receipt { seq, channel, payload_sha256, enqueued_at })
         }
         NO_SUCH_RECIPIENT => Enqueued::NoSuchRecipient,
+        REFUSED => Enqueued::Refused,
         QUEUE_FULL => Enqueued::QueueFull,
         SENDER_SHARE => Enqueued::SenderShare,
         _ => return None,
@@ -207,7 +211,8 @@ mod tests {
         ];
         let mut outcomes: Vec<_> = [1, 2, 300].map(receipt).map(Enqueued::Accepted).into();
         outcomes.extend(others.map(Enqueued::Duplicate));
-        outcomes.extend([Enqueued::NoSuchRecipient, Enqueued::QueueFull, Enqueued::SenderShare]);
+        outcomes.extend([Enqueued::NoSuchRecipient, Enqueued::Refused]);
+        outcomes.extend([Enqueued::QueueFull, Enqueued::SenderShare]);
         let expected = outcomes.iter().map(|outcome| match outcome {
             Enqueued::Accepted(receipt) => Enqueued::Duplicate(*receipt),
             other => *other,

@@ -104,6 +104,38 @@ pub(super) const GROUP_COMMIT: &[Column] = &[
     bytes("outcome"),
 ];
 
+pub(super) const BAN: &[Column] =
+    &[number("account"), text("reason"), number("banned_at"), number("expires_at")];
+
+pub(super) const GROUP_BAN: &[Column] = &[
+    bytes("group_id"),
+    number("account"),
+    text("reason"),
+    number("banned_at"),
+    number("expires_at"),
+];
+
+pub(super) const REPORT: &[Column] = &[
+    number("id"),
+    number("reporter"),
+    bytes("digest"),
+    bytes("conversation_id"),
+    bytes("encrypted_report"),
+    number("reported_at"),
+];
+
+pub(super) const BLOCK: &[Column] = &[number("account"), bytes("blocked"), number("blocked_at")];
+
+pub(super) const AUDIT: &[Column] = &[
+    number("id"),
+    number("at"),
+    bytes("actor"),
+    text("action"),
+    bytes("subject"),
+    bytes("group_id"),
+    text("reason"),
+];
+
 pub(super) const JOB: &[Column] = &[
     number("id"),
     text("kind"),

@@ -10,4 +10,5 @@ mod event;
 mod group;
 mod health;
 mod keys;
+mod moderation;
 mod user;

@@ -101,7 +101,11 @@ impl Server {
             ..Config::default()
         };
         configure(&mut config);
-        let limits = StoreLimits { delivery: config.delivery, key_packages: config.key_packages };
+        let limits = StoreLimits {
+            delivery: config.delivery,
+            key_packages: config.key_packages,
+            ..StoreLimits::default()
+        };
         let store = EmbeddedStore::open(dir.path(), limits).await.expect("an empty directory");
         let clock = Arc::new(TestClock(AtomicU64::new(START.0)));
         let opaque = OpaqueServer::generate(&mut OsRng);

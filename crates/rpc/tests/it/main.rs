@@ -12,6 +12,7 @@ mod harness;
 mod health;
 mod keys;
 mod limits;
+mod moderation;
 mod observe;
 mod registration;
 mod rpc;

@@ -7,9 +7,13 @@ use qpq_ports::{Creation, GroupRefusal, MetadataChange, NewGroup, NewMembers};
 use sqlx::{PgConnection, Row as _};
 
 use super::{lock, lock_as_admin, role_of};
-use crate::postgres::{
-    Repeat, Scope, Statement,
-    row::{Columns as _, millis},
+use crate::{
+    bans,
+    postgres::{
+        Repeat, Scope, Statement,
+        row::{Columns as _, millis},
+    },
+    time::Time,
 };
 
 const FIND: &str = "SELECT id, identity FROM account WHERE identity = ANY ($1)";
@@ -68,7 +72,10 @@ const UPDATE: &str = "
 
 /// Creates a group, or finds the existing one. Returns `None` if a conflicting group was removed
 /// meanwhile.
-pub(super) struct CreateGroup<'a>(pub(super) &'a NewGroup);
+pub(super) struct CreateGroup<'a> {
+    pub(super) new: &'a NewGroup,
+    pub(super) time: &'a Time,
+}
 
 impl Statement for CreateGroup<'_> {
     type Output = Option<Result<Creation, GroupRefusal>>;
@@ -89,7 +96,7 @@ impl Statement for CreateGroup<'_> {
             Ok(accounts) => accounts,
             Err(refusal) => return Ok(Some(Err(refusal))),
         };
-        let NewGroup { id, creator, name, description, now, .. } = self.0;
+        let NewGroup { id, creator, name, description, now, .. } = self.new;
         let others: Vec<_> = accounts.into_iter().filter(|account| *account != creator.0).collect();
         if 1 + others.len() > MAX_MEMBERS {
             return Ok(Some(Err(GroupRefusal::Full)));
@@ -119,7 +126,7 @@ impl Statement for CreateGroup<'_> {
 
 impl CreateGroup<'_> {
     const fn pair(&self) -> Option<&Pair> {
-        match &self.0.members {
+        match &self.new.members {
             NewMembers::Direct(pair) => Some(pair),
             NewMembers::Listed(_) => None,
         }
@@ -127,7 +134,7 @@ impl CreateGroup<'_> {
 
     /// Returns the keys of the members. The creator's may be among them.
     fn keys(&self) -> Vec<IdentityKey> {
-        match &self.0.members {
+        match &self.new.members {
             NewMembers::Direct(pair) => pair.keys().to_vec(),
             NewMembers::Listed(keys) => keys.clone(),
         }
@@ -138,14 +145,20 @@ impl CreateGroup<'_> {
         &self,
         connection: &mut PgConnection,
     ) -> sqlx::Result<Option<Result<Creation, GroupRefusal>>> {
-        let NewGroup { id, creator, now, .. } = self.0;
+        let NewGroup { id, creator, now, .. } = self.new;
         if let Some(pair) = self.pair() {
             let query = sqlx::query(LOCK_PAIR).bind(pair.as_bytes().to_vec());
             if let Some(row) = query.fetch_optional(&mut *connection).await? {
                 let existing = row.group("id")?;
                 return Ok(Some(match resolve(connection, &pair.keys()).await? {
-                    Ok(both) => {
+                    Ok(mut both) => {
+                        let at = self.time.bounds(*now, None).earliest;
+                        let banned = bans::banned_from(connection, &existing, &both, at).await?;
+                        if banned.contains(&creator.0) {
+                            return Ok(Some(Err(GroupRefusal::Banned)));
+                        }
                         // One of the two may have left the group.
+                        both.retain(|account| !banned.contains(account));
                         add(connection, &existing, &both, Role::Member, *now).await?;
                         Ok(Creation::Existed(existing))
                     }
@@ -173,6 +186,7 @@ pub(super) struct AddMembers<'a> {
     pub(super) members: &'a [IdentityKey],
     pub(super) role: Role,
     pub(super) now: UnixMillis,
+    pub(super) time: &'a Time,
 }
 
 impl Statement for AddMembers<'_> {
@@ -187,7 +201,7 @@ impl Statement for AddMembers<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
-        let Self { group, actor, members, role, now } = self;
+        let Self { group, actor, members, role, now, time } = self;
         if let Err(refusal) = lock_as_admin(connection, group, *actor).await? {
             return Ok(Err(refusal));
         }
@@ -195,6 +209,10 @@ impl Statement for AddMembers<'_> {
             Ok(accounts) => accounts,
             Err(refusal) => return Ok(Err(refusal)),
         };
+        let at = time.bounds(*now, None).earliest;
+        if !bans::banned_from(connection, group, &accounts, at).await?.is_empty() {
+            return Ok(Err(GroupRefusal::Banned));
+        }
         let count: i64 = sqlx::query_scalar(COUNT_WITH)
             .bind(&group.as_bytes()[..])
             .bind(&accounts)
@@ -282,16 +300,24 @@ impl Statement for RemoveMember {
             return Ok(Err(refusal));
         }
         let Some(account) = account else { return Ok(Ok(())) };
-        let removed = sqlx::query(REMOVE)
-            .bind(&group.as_bytes()[..])
-            .bind(account)
-            .execute(&mut *connection)
-            .await?;
-        if removed.rows_affected() > 0 {
-            after_removal(connection, group).await?;
-        }
+        remove(connection, group, account).await?;
         Ok(Ok(()))
     }
+}
+
+/// Removes a member from a locked group, and with the last member the group. Returns whether it
+/// was a member.
+pub(crate) async fn remove(
+    connection: &mut PgConnection,
+    group: &GroupId,
+    account: i64,
+) -> sqlx::Result<bool> {
+    let query = sqlx::query(REMOVE).bind(&group.as_bytes()[..]).bind(account);
+    if query.execute(&mut *connection).await?.rows_affected() == 0 {
+        return Ok(false);
+    }
+    after_removal(connection, group).await?;
+    Ok(true)
 }
 
 /// Removes a locked group if it has no members. Otherwise makes sure that it has an admin.

@@ -17,7 +17,11 @@ use qpq_ports::{
 };
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 
-pub(crate) use self::{change::leave_groups, send::FORGET_COMMITS, sender::GroupSenders};
+pub(crate) use self::{
+    change::{leave_groups, remove},
+    send::FORGET_COMMITS,
+    sender::GroupSenders,
+};
 
 use self::change::{AddMembers, CreateGroup, RemoveMember, UpdateMetadata};
 use crate::{
@@ -35,6 +39,13 @@ const MAX_ATTEMPTS: u32 = 8;
 const LOCK: &str = "
     SELECT epoch, version, store_now() AS postgres FROM mls_group
      WHERE id = $1 FOR NO KEY UPDATE";
+
+/// Selects the role of the account $2 in the group $1, NULL if it is not a member. Without such a
+/// group, the result is empty.
+const ROLE_IN: &str = "
+    SELECT m.role FROM mls_group g
+      LEFT JOIN group_member m ON m.group_id = g.id AND m.account = $2
+     WHERE g.id = $1";
 
 const ROLE: &str = "SELECT role FROM group_member WHERE group_id = $1 AND account = $2";
 
@@ -74,7 +85,7 @@ struct GroupChanged;
 #[async_trait]
 impl Groups for ClusterStore {
     async fn create(&self, group: NewGroup) -> StoreResult<Result<Creation, GroupRefusal>> {
-        let create = CreateGroup(&group);
+        let create = CreateGroup { new: &group, time: &self.inner.time };
         for _ in 0..MAX_ATTEMPTS {
             if let Some(outcome) = self.inner.database.run(&create).await? {
                 return Ok(outcome);
@@ -91,7 +102,8 @@ impl Groups for ClusterStore {
         role: Role,
         now: UnixMillis,
     ) -> StoreResult<Result<u32, GroupRefusal>> {
-        let add = AddMembers { group, actor, members: &members, role, now };
+        let time = &self.inner.time;
+        let add = AddMembers { group, actor, members: &members, role, now, time };
         Ok(self.inner.database.run(&add).await?)
     }
 
@@ -130,6 +142,15 @@ impl Groups for ClusterStore {
         Ok(self.inner.database.run(&ReadInfo { group, viewer }).await?)
     }
 
+    async fn role(
+        &self,
+        group: GroupId,
+        account: AccountId,
+    ) -> StoreResult<Result<Option<Role>, GroupRefusal>> {
+        let role = self.inner.database.run(&ReadRole { group, account }).await?;
+        Ok(role.ok_or(GroupRefusal::NotFound))
+    }
+
     async fn send(&self, message: GroupMessage) -> StoreResult<Result<GroupSent, GroupRefusal>> {
         self.inner.group_senders.send(message).await
     }
@@ -137,7 +158,7 @@ impl Groups for ClusterStore {
 
 /// A group that the transaction has locked.
 #[derive(Clone, Copy, Debug)]
-struct Locked {
+pub(crate) struct Locked {
     epoch: u64,
     version: u64,
     /// Postgres' time.
@@ -145,7 +166,10 @@ struct Locked {
 }
 
 /// Locks a group. Returns `None` if no group has the id.
-async fn lock(connection: &mut PgConnection, group: &GroupId) -> sqlx::Result<Option<Locked>> {
+pub(crate) async fn lock(
+    connection: &mut PgConnection,
+    group: &GroupId,
+) -> sqlx::Result<Option<Locked>> {
     let row = sqlx::query(LOCK).bind(&group.as_bytes()[..]).fetch_optional(connection).await?;
     row.map(|row| {
         let (epoch, version) = (row.unsigned("epoch")?, row.unsigned("version")?);
@@ -168,8 +192,22 @@ async fn role_of(
     stored.map(role).transpose()
 }
 
+/// Returns the role of an account in a group, without a lock. `None` if no group has the id.
+pub(crate) async fn role_in(
+    connection: &mut PgConnection,
+    group: &GroupId,
+    account: AccountId,
+) -> sqlx::Result<Option<Option<Role>>> {
+    let stored: Option<Option<i16>> = sqlx::query_scalar(ROLE_IN)
+        .bind(&group.as_bytes()[..])
+        .bind(account.0)
+        .fetch_optional(connection)
+        .await?;
+    stored.map(|stored| stored.map(role).transpose()).transpose()
+}
+
 /// Locks a group in which the account is an admin.
-async fn lock_as_admin(
+pub(crate) async fn lock_as_admin(
     connection: &mut PgConnection,
     group: &GroupId,
     account: AccountId,
@@ -189,6 +227,26 @@ fn role(stored: i16) -> sqlx::Result<Role> {
         0 => Ok(Role::Member),
         1 => Ok(Role::Admin),
         _ => Err(NeverWritten("role").into()),
+    }
+}
+
+struct ReadRole {
+    group: GroupId,
+    account: AccountId,
+}
+
+impl Statement for ReadRole {
+    type Output = Option<Option<Role>>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "group_role"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        role_in(connection, &self.group, self.account).await
     }
 }
 

@@ -13,6 +13,7 @@ use sqlx::PgConnection;
 
 use super::{Locked, lock, role_of};
 use crate::{
+    bans,
     error::NeverWritten,
     inboxes::{Accept, Outcomes, accept},
     postgres::{
@@ -95,12 +96,16 @@ impl Statement for SendToGroup<'_> {
     }
 
     async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
-        let GroupMessage { group, sender, commit, .. } = self.message;
+        let GroupMessage { group, sender, commit, now, .. } = self.message;
         let Some(locked) = lock(connection, group).await? else {
             return Ok(Err(GroupRefusal::NotFound));
         };
         if role_of(connection, group, *sender).await?.is_none() {
-            return Ok(Err(GroupRefusal::NotMember));
+            // A ban removes the member.
+            let at = self.time.bounds(*now, locked.postgres).earliest;
+            let banned = bans::banned_from(connection, group, &[sender.0], at).await?;
+            let is_banned = !banned.is_empty();
+            return Ok(Err(if is_banned { GroupRefusal::Banned } else { GroupRefusal::NotMember }));
         }
         if let Some(commit) = commit {
             if let Some(sent) = self.first_result(connection, &locked).await? {

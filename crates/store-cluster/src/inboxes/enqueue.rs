@@ -15,6 +15,7 @@ use sqlx::{PgConnection, Row as _};
 use self::room::SenderInInbox;
 use super::{payloads::Payloads, remove::ExpiredCounts};
 use crate::{
+    blocks,
     effects::{Accepted, ToInbox},
     history::store_id,
     postgres::{
@@ -28,7 +29,7 @@ use crate::{
 /// Locks the heads. The list of devices is from before the lock, so a registration that the lock
 /// waited for is missing. The list only determines the queues to push to.
 const LOCK: &str = concat!(
-    "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry,
+    "SELECT a.identity, i.id, i.last_seq, i.messages, i.bytes, i.next_expiry, i.blocks,
             CASE WHEN i.devices > 0 THEN ARRAY (SELECT id FROM device WHERE account = i.id) END
             AS devices, store_now() AS postgres, ",
     store_id!(),
@@ -101,6 +102,10 @@ struct Head {
     expired: ExpiredCounts,
     /// The time of Postgres when the head was locked.
     postgres: Option<UnixMillis>,
+    /// The number of accounts that the owner blocks.
+    blocks: i32,
+    /// The senders of these messages that the owner blocks.
+    blocked: HashSet<IdentityKey>,
     /// The registered devices; `None` without any.
     devices: Option<Vec<RegistrationId>>,
     /// The number of messages that the transaction adds.
@@ -191,6 +196,7 @@ pub(crate) async fn accept(
     let bounds: Vec<_> =
         messages.iter().map(|message| time.bounds(message.now, postgres)).collect();
     room::make_room(connection, &mut heads, messages, &bounds, limits).await?;
+    look_up_blocks(connection, &mut heads, messages).await?;
     let mut known = known(connection, &heads, messages, &bounds, limits).await?;
     room::look_up_senders(connection, &mut heads, messages, &bounds, &known, limits).await?;
     let mut ids: HashMap<(IdentityKey, IdentityKey, MessageId), Receipt> = HashMap::new();
@@ -228,9 +234,9 @@ impl Head {
         (self.messages.saturating_sub(messages), self.bytes.saturating_sub(bytes))
     }
 
-    /// Accepts the message unless the inbox is full, or is more than half full and the sender has
-    /// used up its share. `times` are the instants of its acceptance and of its expiry. `so_far`
-    /// are the earlier decisions of this transaction.
+    /// Accepts the message unless the owner blocks the sender, the inbox is full, or the inbox is
+    /// more than half full and the sender has used up its share. `times` are the instants of its
+    /// acceptance and of its expiry. `so_far` are the earlier decisions of this transaction.
     async fn decide(
         &mut self,
         connection: &mut PgConnection,
@@ -239,6 +245,9 @@ impl Head {
         times: (UnixMillis, UnixMillis),
         so_far: impl Iterator<Item = (&NewMessage, &Outcome)>,
     ) -> sqlx::Result<Enqueued> {
+        if self.blocked.contains(&message.sender) {
+            return Ok(Enqueued::Refused);
+        }
         let size = message.payload.len() as u64;
         let (messages, bytes) = self.counts();
         if !limits.has_room(messages, bytes, size) {
@@ -323,6 +332,8 @@ async fn lock(
             next_expiry: row.try_get("next_expiry")?,
             expired: ExpiredCounts::default(),
             postgres: now_of(row)?,
+            blocks: row.try_get("blocks")?,
+            blocked: HashSet::new(),
             devices: devices.map(|ids| ids.into_iter().map(RegistrationId).collect()),
             added: 0,
             added_bytes: 0,
@@ -332,6 +343,29 @@ async fn lock(
     };
     let store_id = rows.first().map(|row| row.store_id("store_id")).transpose()?;
     Ok((store_id, rows.iter().map(head).collect::<sqlx::Result<_>>()?))
+}
+
+/// Looks up the blocked senders of inboxes whose owners block anyone.
+async fn look_up_blocks(
+    connection: &mut PgConnection,
+    heads: &mut HashMap<IdentityKey, Head>,
+    messages: &[NewMessage],
+) -> sqlx::Result<()> {
+    if heads.values().all(|head| head.blocks == 0) {
+        return Ok(());
+    }
+    let pair = |message: &NewMessage| {
+        let head = heads.get(&message.recipient).filter(|head| head.blocks > 0)?;
+        Some((head.id, message.sender))
+    };
+    let pairs = messages.iter().filter_map(pair).collect();
+    let mut blocked = blocks::blocked(connection, &pairs).await?;
+    for head in heads.values_mut() {
+        if let Some(senders) = blocked.remove(&head.id) {
+            head.blocked = senders;
+        }
+    }
+    Ok(())
 }
 
 /// Returns the receipts of repeated messages, by their index in `messages`.

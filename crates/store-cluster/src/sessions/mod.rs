@@ -24,7 +24,7 @@ use self::{
     shared::{Copy, ENDED, Fill, InRedis},
 };
 use crate::{
-    ClusterStore,
+    ClusterStore, bans,
     effects::Effects,
     history::{History, store_id},
     metrics as names,
@@ -38,7 +38,8 @@ use crate::{
 };
 
 // A token is 256 random bits, so a row with the token is of the same session, created by a repeat.
-// Locks the account, so that a deletion either waits and ends the session, or is seen.
+// Locks the account, so that a deletion either waits and ends the session, or is seen. A trigger
+// leaves out a session of a banned account.
 const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     SELECT $1, a.id, $3, $4, $5, $6 FROM account a WHERE a.id = $2 AND a.identity = $7
@@ -277,6 +278,7 @@ impl Statement for CreateSession {
     type Output = SessionCreation;
 
     const REPEAT: Repeat = Repeat::Harmless;
+    /// The only change is one statement.
     const SCOPE: Scope = Scope::Statement;
 
     fn name(&self) -> &'static str {
@@ -293,12 +295,13 @@ impl Statement for CreateSession {
             .bind(millis(session.last_used_at))
             .bind(millis(session.expires_at))
             .bind(&session.identity.as_bytes()[..])
-            .execute(connection)
+            .execute(&mut *connection)
             .await?;
-        Ok(match created.rows_affected() {
-            0 => SessionCreation::NoAccount,
-            _ => SessionCreation::Created,
-        })
+        if created.rows_affected() > 0 {
+            return Ok(SessionCreation::Created);
+        }
+        let is_banned = bans::is_banned(connection, session.account, session.authenticated_at);
+        Ok(if is_banned.await? { SessionCreation::Banned } else { SessionCreation::NoAccount })
     }
 }
 

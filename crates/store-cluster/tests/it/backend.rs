@@ -280,7 +280,8 @@ impl<R: AnyRedis> Factory for Clusters<R> {
         key_packages: KeyPackageLimits,
     ) -> Box<dyn Backend> {
         let servers = Arc::clone(&self.servers);
-        let config = servers.cluster(StoreLimits { delivery, key_packages }).await;
+        let limits = StoreLimits { delivery, key_packages, ..StoreLimits::default() };
+        let config = servers.cluster(limits).await;
         if self.are_marked {
             servers.mark(&config).await;
         }

@@ -13,6 +13,7 @@ mod groups;
 mod history;
 mod invites;
 mod metrics;
+mod moderation;
 mod payloads;
 mod people;
 mod plans;

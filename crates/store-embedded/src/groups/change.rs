@@ -8,6 +8,7 @@ use sqlx::{Row as _, SqliteConnection};
 
 use super::Head;
 use crate::{
+    bans,
     error::NeverWritten,
     row::{Columns as _, millis},
     statement::{Done, SMALL, Statement},
@@ -33,6 +34,13 @@ macro_rules! with_listed {
 const UNKNOWN: &str = with_listed!(
     "SELECT l.identity FROM listed l
       WHERE NOT EXISTS (SELECT 1 FROM account a WHERE a.identity = l.identity) LIMIT 1"
+);
+
+/// Selects a listed account that is banned from the group ?2 at ?3.
+const BANNED: &str = with_listed!(
+    "SELECT l.identity FROM listed l CROSS JOIN account a ON a.identity = l.identity
+            CROSS JOIN group_ban b ON b.group_id = ?2 AND b.account = a.id
+      WHERE b.expires_at IS NULL OR b.expires_at > ?3"
 );
 
 /// Adds the listed accounts to the group ?2 at ?3 with the role ?4, in their order.
@@ -86,11 +94,12 @@ const UPDATE: &str = "
      WHERE id = ?1 RETURNING version";
 
 #[cfg(test)]
-pub(super) const STATEMENTS: [&str; 15] = [
+pub(super) const STATEMENTS: [&str; 16] = [
     OF_ACCOUNT,
     LEAVE,
     FORGET_INFO,
     UNKNOWN,
+    BANNED,
     ADD,
     PROMOTE_LISTED,
     CREATE,
@@ -105,24 +114,34 @@ pub(super) const STATEMENTS: [&str; 15] = [
 ];
 
 /// Creates a group, or finds the one that exists.
-pub(super) struct CreateGroup(pub(super) NewGroup);
+pub(super) struct CreateGroup {
+    pub(super) new: NewGroup,
+    /// The instant at which a ban must be in force.
+    pub(super) at: UnixMillis,
+}
 
 impl Statement for CreateGroup {
     type Answer = Refusable<Creation>;
     const NAME: &'static str = "create group";
 
     fn bytes(&self) -> usize {
-        let NewGroup { name, description, .. } = &self.0;
+        let NewGroup { name, description, .. } = &self.new;
         SMALL + name.len() + description.len() + self.keys().len() * size_of::<IdentityKey>()
     }
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Refusable<Creation>>> {
-        let NewGroup { id, creator, now, .. } = &self.0;
+        let NewGroup { id, creator, now, .. } = &self.new;
         if let Some(pair) = self.pair()
             && let Some(existing) = by_pair(tx, pair).await?
         {
-            // A member who has left the group is added again.
-            add(tx, &existing, &self.keys(), Role::Member, *now).await?;
+            if bans::is_banned_from(tx, &existing, *creator, self.at).await? {
+                return Ok(Done::keep(Err(GroupRefusal::Banned)));
+            }
+            // A member who has left the group is added again, unless it is banned.
+            let banned = banned(tx, &existing, &self.keys(), self.at).await?;
+            let keys: Vec<_> =
+                self.keys().iter().copied().filter(|key| !banned.contains(key)).collect();
+            add(tx, &existing, &keys, Role::Member, *now).await?;
             return Ok(Done::keep(Ok(Creation::Existed(existing))));
         }
         if let Some(head) = Head::find(tx, id, *creator).await? {
@@ -146,7 +165,7 @@ impl Statement for CreateGroup {
 
 impl CreateGroup {
     fn pair(&self) -> Option<&Pair> {
-        match &self.0.members {
+        match &self.new.members {
             NewMembers::Direct(pair) => Some(pair),
             NewMembers::Listed(_) => None,
         }
@@ -154,7 +173,7 @@ impl CreateGroup {
 
     /// Returns the keys of the members. The creator's may be among them.
     fn keys(&self) -> Cow<'_, [IdentityKey]> {
-        match &self.0.members {
+        match &self.new.members {
             NewMembers::Direct(pair) => Cow::Owned(pair.keys().to_vec()),
             NewMembers::Listed(keys) => Cow::Borrowed(keys),
         }
@@ -162,7 +181,7 @@ impl CreateGroup {
 
     /// Inserts the group with its creator.
     async fn insert(&self, tx: &mut SqliteConnection) -> sqlx::Result<()> {
-        let NewGroup { id, creator, name, description, now, .. } = &self.0;
+        let NewGroup { id, creator, name, description, now, .. } = &self.new;
         sqlx::query(CREATE)
             .bind(&id.as_bytes()[..])
             .bind(self.pair().map(|pair| pair.as_bytes().to_vec()))
@@ -197,6 +216,8 @@ pub(super) struct AddMembers {
     pub(super) members: Vec<IdentityKey>,
     pub(super) role: Role,
     pub(super) now: UnixMillis,
+    /// The instant at which a ban must be in force.
+    pub(super) at: UnixMillis,
 }
 
 impl Statement for AddMembers {
@@ -215,6 +236,9 @@ impl Statement for AddMembers {
             Ok(keys) => keys,
             Err(refusal) => return Ok(Done::keep(Err(refusal))),
         };
+        if !banned(tx, &self.group, &keys, self.at).await?.is_empty() {
+            return Ok(Done::keep(Err(GroupRefusal::Banned)));
+        }
         let added = add(tx, &self.group, &keys, self.role, self.now).await?;
         let members: i64 =
             sqlx::query_scalar(super::COUNT).bind(&self.group.as_bytes()[..]).fetch_one(tx).await?;
@@ -241,6 +265,18 @@ async fn resolve(
         Some(row) => Err(GroupRefusal::NoSuchAccount(row.identity("identity")?)),
         None => Ok(distinct),
     })
+}
+
+/// Returns the keys of accounts that are banned from the group at this instant.
+async fn banned(
+    tx: &mut SqliteConnection,
+    group: &GroupId,
+    keys: &[IdentityKey],
+    at: UnixMillis,
+) -> sqlx::Result<Vec<IdentityKey>> {
+    let query = sqlx::query(BANNED).bind(concatenated(keys)).bind(&group.as_bytes()[..]);
+    let rows = query.bind(millis(at)).fetch_all(tx).await?;
+    rows.iter().map(|row| row.identity("identity")).collect()
 }
 
 /// Adds the accounts that are not members, and promotes the others if the role is admin. Returns
@@ -296,16 +332,27 @@ impl Statement for RemoveMember {
         if let Err(refusal) = head {
             return Ok(Done::keep(Err(refusal)));
         }
-        let removed = sqlx::query(REMOVE)
-            .bind(&self.group.as_bytes()[..])
-            .bind(&self.member.as_bytes()[..])
-            .execute(&mut *tx)
-            .await?;
-        if removed.rows_affected() > 0 {
-            after_removal(tx, &self.group.as_bytes()[..]).await?;
-        }
+        remove(tx, &self.group, &self.member).await?;
         Ok(Done::keep(Ok(())))
     }
+}
+
+/// Removes a member, and with the last member the group. Returns whether it was a member.
+pub(crate) async fn remove(
+    tx: &mut SqliteConnection,
+    group: &GroupId,
+    member: &IdentityKey,
+) -> sqlx::Result<bool> {
+    let removed = sqlx::query(REMOVE)
+        .bind(&group.as_bytes()[..])
+        .bind(&member.as_bytes()[..])
+        .execute(&mut *tx)
+        .await?;
+    if removed.rows_affected() == 0 {
+        return Ok(false);
+    }
+    after_removal(tx, &group.as_bytes()[..]).await?;
+    Ok(true)
 }
 
 impl RemoveMember {

@@ -13,6 +13,7 @@ use sqlx::SqliteConnection;
 
 use super::Head;
 use crate::{
+    bans,
     clock::ClockGuard,
     error::NeverWritten,
     messages::{enqueue, remove::SWEEP_ROWS},
@@ -83,9 +84,17 @@ impl Statement for SendToGroup {
     }
 
     async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<Self::Answer>> {
-        let GroupMessage { group, sender, commit, .. } = &self.message;
+        let GroupMessage { group, sender, commit, now, .. } = &self.message;
         let head = match Head::of_member(tx, group, *sender).await? {
             Ok(head) => head,
+            // A ban removes the member.
+            Err(GroupRefusal::NotMember) => {
+                let at = self.clock.bounds(*now).earliest;
+                let is_banned = bans::is_banned_from(tx, group, *sender, at).await?;
+                let refusal =
+                    if is_banned { GroupRefusal::Banned } else { GroupRefusal::NotMember };
+                return Ok(Done::keep(Err(refusal)));
+            }
             Err(refusal) => return Ok(Done::keep(Err(refusal))),
         };
         if let Some(commit) = commit {

@@ -62,8 +62,8 @@ enum Fill {
 /// Returns the statement that finds the inboxes, checks caps and recent ids, assigns the next seqs
 /// and inserts. A trigger updates the heads.
 ///
-/// A row is left out if the inbox does not exist or has no room, if the message id is known, or if
-/// the seq would not be the next.
+/// A row is left out if the inbox does not exist or has no room, if its owner blocks the sender, if
+/// the message id is known, or if the seq would not be the next.
 fn insert_sql(rows: usize, payloads: Payloads) -> String {
     // Only bare parameters, because sqlx does not count numbered parameters that precede bare ones.
     let (payload, payload_id) = match payloads {
@@ -83,6 +83,8 @@ fn insert_sql(rows: usize, payloads: Payloads) -> String {
                 CROSS JOIN inbox i ON i.id = a.id
           WHERE i.messages + n.ahead < ? AND i.bytes + n.bytes_ahead <= ?
             AND i.bytes + n.bytes_ahead + n.size <= ?
+            AND (i.blocks = 0 OR NOT EXISTS (SELECT 1 FROM block b
+                                              WHERE b.account = i.id AND b.blocked = n.sender))
             AND NOT EXISTS (SELECT 1 FROM recent_id r
                              WHERE r.inbox = i.id AND r.sender = n.sender
                                AND r.message_id = n.message_id AND r.forget_at > n.known_at)
@@ -343,11 +345,14 @@ impl Inserting<'_> {
         reason: Option<LeftOut>,
     ) -> sqlx::Result<Enqueued> {
         let message = timed.message;
-        let Some(LeftOut { inbox, mut head, stale, known }) = reason else {
+        let Some(LeftOut { inbox, mut head, stale, blocked, known }) = reason else {
             return Ok(Enqueued::NoSuchRecipient);
         };
         if let Some(receipt) = known {
             return Ok(Enqueued::Duplicate(receipt));
+        }
+        if blocked {
+            return Ok(Enqueued::Refused);
         }
         if stale {
             match self.after_removal(timed, inbox).await? {

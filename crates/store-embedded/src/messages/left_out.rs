@@ -11,8 +11,8 @@ use crate::row::{Columns as _, millis, millis_of};
 /// The statements, indexed by the number of messages.
 static STATEMENTS: LazyLock<Vec<String>> = LazyLock::new(|| (0..=MAX_ROWS).map(sql).collect());
 
-/// The inbox of a message that was left out, and the reason: the message is known, the inbox has no
-/// room, or an expired message has the same id.
+/// The inbox of a message that was left out, and the reason: the message is known, the sender is
+/// blocked, the inbox has no room, or an expired message has the same id.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LeftOut {
     pub(super) inbox: i64,
@@ -20,6 +20,8 @@ pub(super) struct LeftOut {
     pub(super) head: (u64, u64),
     /// `true` if the inbox may have expired messages.
     pub(super) stale: bool,
+    /// `true` if the owner of the inbox blocks the sender.
+    pub(super) blocked: bool,
     /// The receipt of the message with the same id, queued or removed.
     pub(super) known: Option<Receipt>,
 }
@@ -30,6 +32,8 @@ fn sql(rows: usize) -> String {
     format!(
         "WITH new (n, recipient, sender, message_id, known_at) AS (VALUES {values})
          SELECT n.n, i.id AS inbox, i.messages, i.bytes, i.next_expiry <= n.known_at AS stale,
+                i.blocks > 0 AND EXISTS (SELECT 1 FROM block b WHERE b.account = i.id
+                                            AND b.blocked = n.sender) AS blocked,
                 coalesce(m.seq, r.seq) AS seq, coalesce(m.channel, r.channel) AS channel,
                 coalesce(m.payload_sha256, r.payload_sha256) AS payload_sha256,
                 coalesce(m.enqueued_at, r.enqueued_at) AS enqueued_at
@@ -90,6 +94,7 @@ fn left_out(row: &SqliteRow) -> sqlx::Result<LeftOut> {
         inbox: row.try_get("inbox")?,
         head: (row.unsigned("messages")?, row.unsigned("bytes")?),
         stale: row.try_get("stale")?,
+        blocked: row.try_get("blocked")?,
         known,
     })
 }

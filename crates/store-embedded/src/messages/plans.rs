@@ -3,7 +3,9 @@
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
 use super::{enqueue, left_out, position, read, remove};
-use crate::{absence, deletion, devices, groups, inboxes, invites, jobs, keys};
+use crate::{
+    absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys, reports,
+};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
@@ -21,7 +23,11 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(invites::STATEMENTS)
         .chain(jobs::STATEMENTS)
         .chain(groups::statements())
-        .chain(deletion::statements());
+        .chain(deletion::statements())
+        .chain(bans::STATEMENTS)
+        .chain(blocks::STATEMENTS)
+        .chain(reports::STATEMENTS)
+        .chain(audit::STATEMENTS);
     for sql in statements {
         // SQLite plans with the value of such a parameter, and compiles the statement again for the
         // next value. The value of `LIMIT +?` is not used for the plan.

@@ -23,7 +23,7 @@ impl Factory for Embedded {
         key_packages: KeyPackageLimits,
     ) -> Box<dyn Backend> {
         let directory = tempfile::tempdir().expect("a directory");
-        let limits = StoreLimits { delivery, key_packages };
+        let limits = StoreLimits { delivery, key_packages, ..StoreLimits::default() };
         Box::new(Running {
             process: Some(Process::start(&directory, limits).await),
             directory,

@@ -282,7 +282,7 @@ fn the_child_process_executes_commands_from_standard_input() {
                         KeyPackageLimits { max_count: max_packages, ..KeyPackageLimits::default() };
                     answer(&match EmbeddedStore::open(
                         &directory,
-                        StoreLimits { delivery, key_packages },
+                        StoreLimits { delivery, key_packages, ..StoreLimits::default() },
                     )
                     .await
                     {

@@ -34,6 +34,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => session_op(),
         2 => account_op(),
         3 => device_op(),
+        1 => block_op(),
         1 => Just(Op::Sweep),
     ]
 }
@@ -137,6 +138,13 @@ fn account_op() -> impl Strategy<Value = Op> {
         3 => (account(), account(), 1..=2_u8)
             .prop_map(|(name, key, record)| Op::Register { name, key, record }),
         1 => account().prop_map(|key| Op::Find { key }),
+    ]
+}
+
+fn block_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (account(), account()).prop_map(|(owner, blocked)| Op::Block { owner, blocked }),
+        2 => (account(), account()).prop_map(|(owner, blocked)| Op::Unblock { owner, blocked }),
     ]
 }
 

@@ -38,6 +38,8 @@ struct Inbox {
     queue: BTreeMap<u64, Queued>,
     /// Removed messages by sender and id, with the instant until which their ids are remembered.
     removed: HashMap<(u8, u8), (u64, Queued, UnixMillis)>,
+    /// The senders that the owner blocks.
+    blocked: BTreeSet<u8>,
 }
 
 #[derive(Clone)]
@@ -244,6 +246,8 @@ impl Model {
             | Op::RevokeDevice { owner, .. }
             | Op::ConfirmPosition { owner, .. }
             | Op::ListDevices { owner }
+            | Op::Block { owner, .. }
+            | Op::Unblock { owner, .. }
                 if !self.exists(*owner) =>
             {
                 "no account".to_owned()
@@ -278,8 +282,29 @@ impl Model {
             | Op::RevokeDevice { .. }
             | Op::ConfirmPosition { .. }
             | Op::ListDevices { .. } => self.device(op, now),
+            Op::Block { owner, blocked } => self.block(*owner, *blocked).to_owned(),
+            Op::Unblock { owner, blocked } => self.unblock(*owner, *blocked).to_owned(),
             _ => self.session(op, now),
         }
+    }
+
+    fn block(&mut self, owner: u8, blocked: u8) -> &'static str {
+        if !self.exists(blocked) {
+            return "NoSuchAccount";
+        }
+        if owner == blocked {
+            return "OwnAccount";
+        }
+        self.inboxes.get_mut(&owner).expect("there").blocked.insert(blocked);
+        "Blocked"
+    }
+
+    fn unblock(&mut self, owner: u8, blocked: u8) -> &'static str {
+        if !self.exists(blocked) {
+            return "NoSuchAccount";
+        }
+        self.inboxes.get_mut(&owner).expect("there").blocked.remove(&blocked);
+        "Unblocked"
     }
 
     fn device(&mut self, op: &Op, now: UnixMillis) -> String {
@@ -399,6 +424,9 @@ impl Model {
         if let Some((seq, q)) = message.id.and_then(|id| inbox.known(message.from, id, now)) {
             return receipt("duplicate", seq, q);
         }
+        if inbox.blocked.contains(&message.from) {
+            return "Refused".to_owned();
+        }
         let limits = limits().delivery;
         let bytes: usize = inbox.queue.values().map(|q| q.size).sum();
         if inbox.queue.len() as u64 >= limits.max_messages
@@ -464,7 +492,7 @@ impl Model {
         let mut skipped = 0;
         if to.is_none() {
             let is_skipped =
-                |outcome: &&String| ["QueueFull", "SenderShare"].contains(&&***outcome);
+                |outcome: &&String| ["Refused", "QueueFull", "SenderShare"].contains(&&***outcome);
             skipped = outcomes.iter().filter(is_skipped).count();
             outcomes.clear();
         }

@@ -33,6 +33,7 @@ pub(crate) fn limits() -> StoreLimits {
             ..DeliveryLimits::default()
         },
         key_packages: KeyPackageLimits { max_count: 4, ..KeyPackageLimits::default() },
+        ..StoreLimits::default()
     }
 }
 
@@ -135,6 +136,14 @@ pub(crate) enum Op {
     },
     ListDevices {
         owner: u8,
+    },
+    Block {
+        owner: u8,
+        blocked: u8,
+    },
+    Unblock {
+        owner: u8,
+        blocked: u8,
     },
     Sweep,
 }
@@ -292,12 +301,31 @@ impl Machine {
             | Op::RevokeDevice { .. }
             | Op::ConfirmPosition { .. }
             | Op::ListDevices { .. } => self.devices(op, now).await,
+            Op::Block { owner, .. } | Op::Unblock { owner, .. } => {
+                match self.account(owner).await {
+                    Some(account) => self.blocks(op, account, now).await,
+                    None => "no account".to_owned(),
+                }
+            }
             _ => self.sessions(op, now).await,
         }
     }
 
     async fn account(&self, n: u8) -> Option<AccountId> {
         self.stores.accounts.by_identity(&key(n)).await.expect("read").map(|account| account.id)
+    }
+
+    async fn blocks(&self, op: Op, account: AccountId, now: UnixMillis) -> String {
+        let blocks = &self.stores.blocks;
+        match op {
+            Op::Block { blocked, .. } => {
+                format!("{:?}", blocks.block(account, key(blocked), now).await.expect("block"))
+            }
+            Op::Unblock { blocked, .. } => {
+                format!("{:?}", blocks.unblock(account, key(blocked)).await.expect("unblock"))
+            }
+            other => unreachable!("{other:?}"),
+        }
     }
 
     async fn accounts(&self, op: Op, now: UnixMillis) -> String {

@@ -3,6 +3,8 @@
 use clap::Subcommand;
 use qpq_client::Username;
 
+use super::BanDuration;
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum GroupCommand {
     /// Create a group, whose admin you are
@@ -30,6 +32,38 @@ pub(crate) enum GroupCommand {
         group: String,
         #[arg(required = true)]
         members: Vec<Username>,
+    },
+    /// Remove a member from a group, and refuse it there from then on
+    ///
+    /// Nobody can add the user again before the ban ends. Another ban replaces the
+    /// reason and the end.
+    ///
+    /// Example:
+    ///   qpq group ban friends mallory --reason spam --for 7d
+    #[command(verbatim_doc_comment)]
+    Ban {
+        /// The group's name, or the beginning of its id
+        group: String,
+        /// The user, a member or not
+        member: Username,
+        /// The reason, which the group's admins and the server can read
+        #[arg(long, default_value = "", hide_default_value = true)]
+        reason: String,
+        /// The duration, such as 90s, 30m, 12h or 7d; without it the ban is permanent
+        #[arg(long = "for", value_name = "DURATION")]
+        duration: Option<BanDuration>,
+    },
+    /// End the ban of a user from a group that you are an admin of
+    Unban {
+        /// The group's name, or the beginning of its id
+        group: String,
+        /// The user
+        member: Username,
+    },
+    /// List the users that are banned from a group that you are an admin of
+    Bans {
+        /// The group's name, or the beginning of its id
+        group: String,
     },
     /// Rename a group that you are an admin of
     Rename {

@@ -19,6 +19,8 @@ struct Changed<'a> {
     event: &'static str,
     #[serde(flatten)]
     person: PersonObject<'a>,
+    /// Whether the server knows the change.
+    at_server: bool,
     #[serde(skip)]
     shown: String,
 }
@@ -49,6 +51,7 @@ impl Report for Listed<'_> {
 
 pub(crate) async fn block(context: &Context, person: &PersonArg) -> Result<(), CliError> {
     opened::locally(context, async |messenger, unreachable| {
+        let is_reachable = unreachable.is_none();
         let identity = match (person.key, &person.user) {
             (Some(key), _) => key,
             (None, Some(user)) => match unreachable {
@@ -58,7 +61,8 @@ pub(crate) async fn block(context: &Context, person: &PersonArg) -> Result<(), C
             (None, None) => unreachable!("one of them is required"),
         };
         let person = messenger.block(identity).await?;
-        report(context, "blocked", &person)
+        let at_server = inform_server(context, messenger, is_reachable).await;
+        report(context, "blocked", &person, at_server)
     })
     .await
 }
@@ -78,7 +82,7 @@ fn by_key(error: Error) -> CliError {
 }
 
 pub(crate) async fn unblock(context: &Context, person: &PersonArg) -> Result<(), CliError> {
-    opened::locally(context, async |messenger, _| {
+    opened::locally(context, async |messenger, unreachable| {
         let found = find(messenger, person).await?;
         let [person] = &found[..] else {
             let (code, message, hint) = match found.len() {
@@ -93,7 +97,8 @@ pub(crate) async fn unblock(context: &Context, person: &PersonArg) -> Result<(),
             return Err(CliError::new(Exit::Failure, code, message).hint(hint));
         };
         messenger.unblock(person.identity).await?;
-        report(context, "unblocked", person)
+        let at_server = inform_server(context, messenger, unreachable.is_none()).await;
+        report(context, "unblocked", person, at_server)
     })
     .await
 }
@@ -121,7 +126,34 @@ pub(crate) async fn list(context: &Context) -> Result<(), CliError> {
     .await
 }
 
-fn report(context: &Context, event: &'static str, person: &Person) -> Result<(), CliError> {
+/// Informs the server of the change, which is saved here. Returns whether the server knows it.
+async fn inform_server(context: &Context, messenger: &Messenger, is_reachable: bool) -> bool {
+    let later = "The server does not know yet, and is informed by the next `qpq recv`.";
+    if !is_reachable {
+        context.output.note(later);
+        return false;
+    }
+    match messenger.send_blocks().await {
+        Ok(()) => true,
+        Err(error) if opened::is_temporary(&error) => {
+            context.output.note(format_args!("{later} It answered: {error}"));
+            false
+        }
+        Err(error) => {
+            context.output.note(format_args!(
+                "The server did not accept the change, which holds on your devices alone: {error}"
+            ));
+            false
+        }
+    }
+}
+
+fn report(
+    context: &Context,
+    event: &'static str,
+    person: &Person,
+    at_server: bool,
+) -> Result<(), CliError> {
     let shown = entry::name(person);
-    context.output.report(&Changed { event, person: person.into(), shown })
+    context.output.report(&Changed { event, person: person.into(), at_server, shown })
 }

@@ -4,13 +4,13 @@ use std::io::{self, Write};
 
 use qpq_client::{
     Conversation, ConversationId, ConversationKind, Error, GroupMember, Membership, Messenger,
-    Role, SendOutcome, Username,
+    MlsError, Role, SendOutcome, UnixMillis, Username,
 };
 use serde::Serialize;
 
-use super::{find::find, message, opened};
+use super::{find::find, message, moderate, opened};
 use crate::{
-    args::GroupCommand,
+    args::{BanDuration, GroupCommand},
     compose::Context,
     entry::{self, PersonObject},
     error::{CliError, Exit},
@@ -24,6 +24,11 @@ pub(super) async fn run(context: &Context, command: GroupCommand) -> Result<(), 
         GroupCommand::Create { name, members } => create(context, &name, &members).await,
         GroupCommand::Invite { group, members } => invite(context, &group, &members).await,
         GroupCommand::Remove { group, members } => remove(context, &group, &members).await,
+        GroupCommand::Ban { group, member, reason, duration } => {
+            ban(context, &group, &member, &reason, duration).await
+        }
+        GroupCommand::Unban { group, member } => unban(context, &group, &member).await,
+        GroupCommand::Bans { group } => bans(context, &group).await,
         GroupCommand::Rename { group, name } => rename(context, &group, &name).await,
         GroupCommand::Admin { group, member, revoke } => {
             let role = if revoke { Role::Member } else { Role::Admin };
@@ -104,6 +109,8 @@ impl Report for Done {
         let members = text::list(&self.members);
         match self.event {
             "members_removed" => writeln!(out, "Removed {members} from {name}."),
+            "member_banned" => writeln!(out, "{members} is banned from {name}."),
+            "member_unbanned" => writeln!(out, "{members} is not banned from {name}."),
             "group_renamed" => writeln!(out, "The group is now named {name}."),
             "member_promoted" => writeln!(out, "{members} is now an admin of {name}."),
             "member_demoted" => writeln!(out, "{members} is no longer an admin of {name}."),
@@ -152,6 +159,83 @@ async fn remove(context: &Context, group: &str, members: &[Username]) -> Result<
             outcome = messenger.remove(id, person.identity).await?;
         }
         Ok(outcome)
+    })
+    .await
+}
+
+async fn ban(
+    context: &Context,
+    group: &str,
+    member: &Username,
+    reason: &str,
+    duration: Option<BanDuration>,
+) -> Result<(), CliError> {
+    change(context, group, "member_banned", std::slice::from_ref(member), async |messenger, id| {
+        let person = messenger.resolve(member).await?;
+        let removed = match messenger.remove(id, person.identity).await {
+            // A user may be banned before anyone adds it, and a repeat finds no member.
+            Err(Error::Mls(MlsError::NotAMember(_))) => SendOutcome::Sent,
+            outcome => outcome?,
+        };
+        let seconds = duration.map(|BanDuration(seconds)| seconds);
+        messenger.ban_from_group(id, person.identity, reason, seconds).await?;
+        Ok(removed)
+    })
+    .await
+}
+
+async fn unban(context: &Context, group: &str, member: &Username) -> Result<(), CliError> {
+    change(
+        context,
+        group,
+        "member_unbanned",
+        std::slice::from_ref(member),
+        async |messenger, id| {
+            let person = messenger.resolve(member).await?;
+            messenger.unban_from_group(id, person.identity).await?;
+            Ok(SendOutcome::Sent)
+        },
+    )
+    .await
+}
+
+#[derive(Debug, Serialize)]
+struct Banned<'a> {
+    #[serde(flatten)]
+    person: PersonObject<'a>,
+    reason: &'a str,
+    banned_at: u64,
+    /// `null` for a permanent ban.
+    expires_at: Option<u64>,
+    #[serde(skip)]
+    shown: String,
+}
+
+impl Report for Banned<'_> {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        let name = style.bold(&self.shown);
+        let end = self.expires_at.map(UnixMillis);
+        writeln!(out, "{name}  {}", moderate::ban_line(self.reason, end))
+    }
+}
+
+async fn bans(context: &Context, group: &str) -> Result<(), CliError> {
+    opened::with_news(context, async |messenger| {
+        let (id, _) = find(&messenger.conversations().await?, group)?;
+        let bans = messenger.group_bans(id).await?;
+        for ban in &bans {
+            context.output.report(&Banned {
+                person: (&ban.person).into(),
+                reason: &ban.reason,
+                banned_at: ban.banned_at.0,
+                expires_at: ban.expires_at.map(|at| at.0),
+                shown: entry::name(&ban.person),
+            })?;
+        }
+        if bans.is_empty() {
+            context.output.note("Nobody is banned from this group.");
+        }
+        Ok(())
     })
     .await
 }

@@ -10,6 +10,7 @@ mod group;
 mod keys;
 mod local;
 pub(crate) mod message;
+mod moderate;
 pub(crate) mod opened;
 pub(crate) mod requests;
 mod server;
@@ -57,6 +58,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Requests => requests::list(context).await,
         Command::Accept { which } => requests::decide(context, &which, Decision::Accept).await,
         Command::Decline { which } => requests::decide(context, &which, Decision::Decline).await,
+        Command::Moderate(command) => moderate::run(context, command).await,
         Command::Profiles => local::profiles(context),
         Command::Completions { shell } => {
             let mut script = Vec::new();

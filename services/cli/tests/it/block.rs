@@ -13,13 +13,13 @@ async fn a_blocked_user_is_listed_and_its_messages_dropped_until_unblocking() {
     let person = json!({ "username": "mallory", "identity": key, "standing": "confirmed" });
     let mut blocked = person.clone();
     blocked["event"] = json!("blocked");
+    blocked["at_server"] = json!(true);
     assert_eq!(bob.json(&["block", "mallory"]).await, [blocked]);
     assert_eq!(bob.json(&["blocked"]).await, [person]);
     assert_eq!(bob.ok(&["blocked"]).await, "mallory\n");
 
-    mallory.ok(&["send", "bob", "buy this"]).await;
-    mallory.ok(&["group", "create", "offers", "bob"]).await;
-    mallory.ok(&["group", "send", "offers", "and this"]).await;
+    mallory.fails(&["send", "bob", "buy this"], 1, "client.not_delivered").await;
+    mallory.fails(&["group", "create", "offers", "bob"], 1, "client.not_delivered").await;
     assert!(bob.json(&["recv"]).await.is_empty());
     assert!(bob.json(&["group", "list"]).await.is_empty());
     bob.fails(&["send", "mallory", "stop"], 1, "client.blocked").await;
@@ -34,8 +34,17 @@ async fn a_blocked_user_is_listed_and_its_messages_dropped_until_unblocking() {
     // A key that is known can be blocked without the server.
     world.stop().await;
     let key = key.as_str().unwrap();
-    assert_eq!(bob.ok(&["block", "--key", key]).await, "mallory is blocked.\n");
+    assert_eq!(bob.json(&["block", "--key", key]).await[0]["at_server"], json!(false));
     assert_eq!(bob.ok(&["blocked"]).await, "mallory\n");
     bob.fails(&["block", "mallory"], 4, "client.unreachable").await;
     assert_eq!(bob.ok(&["unblock", "--key", key]).await, "mallory is not blocked any more.\n");
+    assert_eq!(bob.ok(&["block", "--key", key]).await, "mallory is blocked.\n");
+
+    // The next read of the inbox informs the server of the last change.
+    world.start_again().await;
+    mallory.ok(&["send", "bob", "before the server knows"]).await;
+    assert!(bob.json(&["recv"]).await.is_empty());
+    mallory.fails(&["send", "bob", "buy this"], 1, "client.not_delivered").await;
+    assert_eq!(bob.json(&["unblock", "mallory"]).await[0]["at_server"], json!(true));
+    mallory.ok(&["send", "bob", "sorry"]).await;
 }

@@ -11,6 +11,7 @@ mod docs;
 mod group;
 mod harness;
 mod message;
+mod moderate;
 mod pins;
 mod reports;
 mod restore;

@@ -147,6 +147,7 @@ impl Config {
             ("delivery.max_ttl", delivery.max_ttl),
             ("delivery.default_wait", delivery.default_wait),
             ("delivery.max_wait", delivery.max_wait),
+            ("reports.max_age", self.reports.max_age),
             ("session.idle", session.idle),
             ("session.absolute", session.absolute),
             ("postgres.timeout", self.postgres.timeout),
@@ -222,6 +223,7 @@ impl Config {
             "delivery.max_batch_bytes",
             "at least delivery.max_payload, so that a message fits",
         );
+        must(self.reports.max_per_account > 0, "reports.max_per_account", "at least 1");
         must(keys.max_packages > 0, "keys.max_packages", "at least 1");
         must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
     }

@@ -44,13 +44,16 @@ impl Handler for OpaqueLoginFinish {
             last_used_at: cx.now,
             expires_at,
         };
-        let new = NewSession { token: token.hash(), session };
-        match cx.app.stores.sessions.create(new).await? {
+        let created =
+            cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
+        // The password is right, so the next login from here consumes no budget of the username.
+        limits::remember_login(cx, &username).await;
+        match created {
             SessionCreation::Created => {}
             // The account was deleted after OpaqueLoginStart.
             SessionCreation::NoAccount => return Err(Error::LoginFailed),
+            SessionCreation::Banned => return Err(Error::Banned),
         }
-        limits::remember_login(cx, &username).await;
         cx.app.tokens.found(token.hash());
         cx.conn.bind(token.hash());
         Ok(OpaqueLoginFinishResponse {

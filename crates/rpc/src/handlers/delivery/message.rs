@@ -83,6 +83,7 @@ pub(super) fn accepted(
         Enqueued::Accepted(receipt) => Ok(of(&receipt, false)),
         Enqueued::Duplicate(receipt) => Ok(of(&receipt, true)),
         Enqueued::NoSuchRecipient => Err(Error::NoSuchRecipient),
+        Enqueued::Refused => Err(Error::DeliveryRefused),
         Enqueued::QueueFull => Err(Error::QueueFull),
         Enqueued::SenderShare => Err(Error::SenderShare),
     }

@@ -9,11 +9,12 @@ use qpq_domain::{
     StoreId, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Admission, Batch, CertifiedKey, ClaimRequest, Commit, Deletion, DeviceRegistration,
-    Enqueued, GroupMessage, GroupRecipients, HybridKey, JobEnd, JobId, JobKind, MemberPage,
-    NewAccount, NewDevice, NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage,
-    NewSession, PackageOwner, Page, PageLimit, ReadQuery, Reader, Registration, Session, Stores,
-    UploadMode, View,
+    Ack, Admission, AuditEntry, AuditPage, BanScope, Batch, CertifiedKey, ClaimRequest, Commit,
+    Deletion, DeviceRegistration, Enqueued, GroupMessage, GroupRecipients, HybridKey, JobEnd,
+    JobId, JobKind, MemberPage, ModerationRight, Moderator, NewAccount, NewBan, NewDevice,
+    NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage, NewReport, NewSession,
+    PackageOwner, Page, PageLimit, ReadQuery, ReadReports, Reader, Registration, Report, Reporting,
+    Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -71,6 +72,7 @@ impl Content {
         }
         content.devices(stores).await;
         content.group(stores).await;
+        content.moderate(stores).await;
         for _ in 0..amount.acts {
             content.now =
                 content.now.plus(Duration::from_millis(content.random.gen_range(0..5_000)));
@@ -197,6 +199,43 @@ impl Content {
         stores.groups.send(self.commit()).await.unwrap().unwrap();
     }
 
+    /// Creates blocks, reports, bans, and with the bans entries of the audit trail.
+    async fn moderate(&mut self, stores: &Stores) {
+        let [blocking, blocked] = [&self.people[2], &self.people[3]];
+        stores.blocks.block(blocking.1, blocked.0.identity, self.now).await.unwrap();
+        for text in ["one", "two", "three"] {
+            let report = NewReport {
+                reporter: self.people[2].1,
+                conversation: Bytes::from_static(b"conversation"),
+                encrypted_report: text.into(),
+                now: self.now,
+            };
+            assert_eq!(stores.reports.report(report).await.unwrap(), Reporting::Stored);
+        }
+        for (scope, subject, duration) in [
+            (BanScope::Server, 4, None),
+            (BanScope::Server, 5, Some(1_000 * HOUR)),
+            (BanScope::Group(GROUP), 6, None),
+            (BanScope::Group(GROUP), 7, Some(1_000 * HOUR)),
+        ] {
+            let ban = NewBan {
+                scope,
+                subject: self.people[subject].0.identity,
+                moderator: self.moderator(self.people[0].1),
+                reason: format!("reason {subject}"),
+                duration,
+                now: self.now,
+            };
+            stores.bans.ban(ban).await.unwrap().unwrap();
+        }
+    }
+
+    /// Returns the first account as an administrator.
+    fn moderator(&self, account: AccountId) -> Moderator {
+        let identity = self.people[0].0.identity;
+        Moderator { account, identity, right: ModerationRight::Server }
+    }
+
     /// Returns the commit of the group. A repeat has the same result.
     fn commit(&self) -> GroupMessage {
         let payload = Bytes::from_static(&[7; 2_000]);
@@ -222,7 +261,10 @@ impl Content {
             assert!(
                 matches!(
                     outcome,
-                    Enqueued::Accepted(_) | Enqueued::QueueFull | Enqueued::SenderShare
+                    Enqueued::Accepted(_)
+                        | Enqueued::Refused
+                        | Enqueued::QueueFull
+                        | Enqueued::SenderShare
                 ),
                 "{outcome:?}"
             );
@@ -375,6 +417,7 @@ impl Content {
         self.compare_accounts(one, two).await;
         self.compare_devices(one, two).await;
         self.compare_groups(one, two).await;
+        self.compare_moderation(one, two).await;
         for at in [self.now, self.now.plus(2 * HOUR)] {
             self.compare_inboxes(one, two, at).await;
         }
@@ -426,6 +469,42 @@ impl Content {
             (view, info, repeat)
         };
         assert_eq!(view(one, first[0]).await, view(two, second[0]).await);
+    }
+
+    async fn compare_moderation(&self, one: &Stores, two: &Stores) {
+        let (first, second) = (self.accounts(one).await, self.accounts(two).await);
+        let known = async |stores: &Stores, accounts: &[AccountId]| {
+            let mut bans = Vec::new();
+            for scope in [BanScope::Server, BanScope::Group(GROUP)] {
+                let moderator = self.moderator(accounts[0]);
+                let listed = stores.bans.list(scope, moderator, 100, self.now).await.unwrap();
+                let listed: Vec<_> = listed.unwrap();
+                assert_eq!(listed.len(), 2);
+                bans.push(listed);
+            }
+            let blocked = stores.blocks.list(accounts[2]).await.unwrap();
+            assert_eq!(blocked.len(), 1);
+            let page = AuditPage { before: None, limit: 100 };
+            let audit = stores.audit.list(page).await.unwrap();
+            let audit: Vec<_> =
+                audit.into_iter().map(|entry| AuditEntry { id: 0, ..entry }).collect();
+            assert!(audit.len() >= 4);
+            let read = ReadReports {
+                reader: self.people[0].0.identity,
+                offset: 0,
+                limit: 100,
+                bytes: u32::MAX,
+                now: self.now,
+            };
+            let reports = stores.reports.read(read).await.unwrap();
+            let reports: Vec<_> =
+                reports.into_iter().map(|report| Report { id: 0, ..report }).collect();
+            assert_eq!(reports.len(), 3);
+            // A ban that ends at the same instant may be listed before or after another one.
+            bans.iter_mut().for_each(|bans| bans.sort_by_key(|ban| ban.identity));
+            (bans, blocked, audit, reports)
+        };
+        assert_eq!(known(one, &first).await, known(two, &second).await);
     }
 
     pub(crate) async fn compare_inboxes(&self, one: &Stores, two: &Stores, at: UnixMillis) {
