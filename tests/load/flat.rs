@@ -6,10 +6,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
-use qpq_domain::{
-    ChannelId, DeliveryLimits, IdentityKey, KeyPackageLimits, MessageId, Seq, StoreLimits,
-    UnixMillis, Username,
-};
+use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, StoreLimits, UnixMillis, Username};
 use qpq_ports::{
     Admission, Batch, NewAccount, NewMessage, PageLimit, ReadQuery, Reader, Stores, View,
 };

@@ -111,7 +111,9 @@ impl Messenger {
                 }
                 Err(error) => refused = Some(error),
             }
-            self.store().change(move |state| Ok(state.note_sent(&identity, change)?)).await?;
+            self.store()
+                .change(move |state| Ok(state.note_change_sent(&identity, change)?))
+                .await?;
         }
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
@@ -149,7 +151,11 @@ impl State {
     }
 
     /// Removes the note of a change, unless a later change has replaced it.
-    fn note_sent(&self, identity: &IdentityKey, change: Change) -> Result<(), DatabaseError> {
+    fn note_change_sent(
+        &self,
+        identity: &IdentityKey,
+        change: Change,
+    ) -> Result<(), DatabaseError> {
         let noted = self.database().get(UNSENT_BLOCKS, identity.as_bytes())?;
         if noted.is_some_and(|row| row[..] == unsent_row(identity, change)[..]) {
             self.database().delete(UNSENT_BLOCKS, identity.as_bytes())?;

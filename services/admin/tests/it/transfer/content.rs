@@ -314,6 +314,7 @@ impl Content {
             username: Username::parse("leaver").unwrap(),
             identity: IdentityKey::new(self.random.r#gen()),
             opaque_record: self.bytes(192),
+            admission: Admission::Open,
             now: self.now,
         };
         let registered = stores.accounts.register(account).await.unwrap();
