@@ -19,8 +19,8 @@ pub trait Accounts: Send + Sync {
     /// registered before this rule keep their usernames, whatever their skeletons are.
     ///
     /// Uses the invite of [`NewAccount::admission`] in the same step, once for each account: a
-    /// refused or repeated registration uses nothing. An invite that is not valid is reported before
-    /// a taken username, so that usernames cannot be probed without an invite.
+    /// refused or repeated registration uses nothing. An invite that is not valid is reported
+    /// before a taken username, so that usernames cannot be probed without an invite.
     async fn register(&self, account: NewAccount) -> StoreResult<Registration>;
 
     /// Returns the account and the OPAQUE record of a username, for a login.

@@ -4,12 +4,9 @@
 use std::{
     ffi::OsStr,
     io,
-    os::{
-        linux::net::SocketAddrExt as _,
-        unix::{
-            ffi::OsStrExt as _,
-            net::{SocketAddr, UnixDatagram},
-        },
+    os::unix::{
+        ffi::OsStrExt as _,
+        net::{SocketAddr, UnixDatagram},
     },
     sync::Arc,
     time::Duration,
@@ -52,7 +49,7 @@ impl ServiceManager {
             return Ok(Self::default());
         };
         let address = match address.as_bytes().strip_prefix(b"@") {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
+            Some(name) => in_abstract_namespace(name)?,
             None => SocketAddr::from_pathname(address)?,
         };
         let own = UnixDatagram::unbound()?;
@@ -99,6 +96,18 @@ pub fn watchdog_interval(micros: Option<&OsStr>, process: Option<&OsStr>) -> Opt
     (micros > 1).then(|| Duration::from_micros(micros / 2))
 }
 
+#[cfg(target_os = "linux")]
+fn in_abstract_namespace(name: &[u8]) -> io::Result<SocketAddr> {
+    use std::os::linux::net::SocketAddrExt as _;
+    SocketAddr::from_abstract_name(name)
+}
+
+/// Only Linux has the namespace, and systemd.
+#[cfg(not(target_os = "linux"))]
+fn in_abstract_namespace(_: &[u8]) -> io::Result<SocketAddr> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 fn message(state: State) -> io::Result<String> {
     Ok(match state {
         State::Ready => "READY=1\n".into(),
@@ -116,18 +125,20 @@ fn message(state: State) -> io::Result<String> {
 mod tests {
     use super::*;
 
+    #[cfg(target_os = "linux")]
     fn receive(socket: &UnixDatagram) -> String {
         let mut buffer = [0; 256];
         let length = socket.recv(&mut buffer).expect("a notification");
         String::from_utf8(buffer[..length].to_vec()).expect("text")
     }
 
+    #[cfg(target_os = "linux")]
     #[test]
     fn states_reach_a_socket_with_a_path_and_one_in_the_abstract_namespace() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("notify");
         let name = format!("qpq-test-{}", std::process::id());
-        let hidden = SocketAddr::from_abstract_name(&name).expect("a name");
+        let hidden = in_abstract_namespace(name.as_bytes()).expect("a name");
         for (socket, address) in [
             (UnixDatagram::bind(&path), path.into_os_string()),
             (UnixDatagram::bind_addr(&hidden), format!("@{name}").into()),

@@ -238,8 +238,8 @@ section! {
 section! {
     /// Registration and login.
     pub struct Auth {
-        /// Who may register an account: everyone, those with an invite of `qpq-admin invite
-        /// create`, or nobody. Edges of a release without this setting let everyone register.
+        /// The people who may register: everyone, those with a code of `qpq-admin invite create`,
+        /// or nobody. Edges of a release without this setting let everyone register.
         registration: Named<RegistrationMode> = Named(RegistrationMode::Open);
         /// The proof of possession of the identity key in a registration. With `optional` the
         /// proof may be missing; a proof in a request is always checked.

@@ -17,8 +17,8 @@ use opaque_ke::{
     ClientRegistrationFinishParameters, CredentialResponse, RegistrationResponse, ksf::Identity,
 };
 use prost::Message as _;
-use qpq_domain::{IdentityKey, StoreLimits, UnixMillis, Username};
-use qpq_ports::{Clock, Stores};
+use qpq_domain::{IdentityKey, InviteCode, StoreLimits, UnixMillis, Username};
+use qpq_ports::{Clock, NewInvite, Stores};
 use qpq_proto::{
     Method, Status,
     methods::{OpaqueLoginFinish, OpaqueLoginStart, OpaqueRegisterFinish, OpaqueRegisterStart},
@@ -162,10 +162,33 @@ impl Server {
 
     /// Registers an account and logs in on a new connection.
     pub(crate) async fn user(&self, name: &str) -> User {
+        self.invited(name, "").await
+    }
+
+    /// Registers an account whose username the configuration lists as that of an administrator.
+    pub(crate) async fn admin(&self, name: &str) -> User {
+        let code = InviteCode::from_random(rand::random());
+        let invite = NewInvite {
+            code: code.hash(),
+            uses: 1,
+            lifetime: Duration::from_secs(60),
+            username: Some(Username::parse(name).expect("a username")),
+            note: String::new(),
+            now: self.clock.now(),
+        };
+        self.rpc.app().stores.invites.create(invite).await.expect("create");
+        self.invited(name, &code.expose()).await
+    }
+
+    async fn invited(&self, name: &str, invite: &str) -> User {
         let client = self.connect();
         let signing = SigningKey::generate(&mut OsRng);
         let identity = IdentityKey::new(signing.verifying_key().to_bytes());
-        client.register(name, "password", &identity).await.expect("a free name");
+        let upload = client.upload(name, "password").await.expect("an answer");
+        let invite = invite.to_owned();
+        let request =
+            OpaqueRegisterFinishRequest { invite, ..registration(name, &upload, &identity) };
+        client.call::<OpaqueRegisterFinish>(request).await.expect("a free name");
         let session = client.log_in(name, "password").await.expect("the right password");
         User { client, identity, signing, token: session.session_token, name: name.into() }
     }

@@ -302,7 +302,7 @@ async fn a_login_is_fresh_for_five_minutes() {
 async fn administrators_are_the_accounts_in_the_configuration() {
     let root = Username::parse("Root").expect("a name");
     let server = Server::with(|config| config.admins = [root].into()).await;
-    let (root, alice) = (server.user("ROOT").await, server.user("alice").await);
+    let (root, alice) = (server.admin("ROOT").await, server.user("alice").await);
     let admin = admit::<auth::Admin>(&server, &root).await.expect("an administrator");
     assert_eq!(admin.caller().identity, root.identity);
     let refused = admit::<auth::Admin>(&server, &alice).await.expect_err("another account");

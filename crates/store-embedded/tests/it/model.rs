@@ -6,13 +6,14 @@ use qpq_domain::UnixMillis;
 
 use crate::ops::{
     GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op, Package, channel,
-    device_text, limits, page_text, receipt_text, session_text,
+    device_text, invite_text, limits, page_text, receipt_text, session_text,
 };
 
 /// The state of a store, where each number is an account, channel, id, package or session.
 #[derive(Default)]
 pub(crate) struct Model {
     accounts: Vec<Account>,
+    invites: BTreeMap<u8, Invite>,
     inboxes: BTreeMap<u8, Inbox>,
     leases: HashMap<u8, Leased>,
     packages: BTreeMap<u8, Packages>,
@@ -77,6 +78,18 @@ struct Group {
     epoch: u64,
     /// Accepted commits, by sender and id.
     commits: HashMap<(u8, u8), GroupResult>,
+}
+
+struct Invite {
+    uses: u32,
+    left: u32,
+    expires_at: UnixMillis,
+}
+
+impl Invite {
+    fn text(&self) -> String {
+        invite_text(self.left, self.uses, self.expires_at)
+    }
 }
 
 #[derive(Default)]
@@ -221,6 +234,21 @@ impl Model {
         match op {
             Op::Register { name, key, record } => {
                 self.register(*name, *key, *record, now).to_owned()
+            }
+            Op::RegisterInvited { name, key, invite } => {
+                self.register_invited(*name, *key, *invite, now).to_owned()
+            }
+            Op::CreateInvite { n, uses, minutes } => {
+                let expires_at = now.plus(MINUTE * (*minutes).into());
+                let (uses, left) = ((*uses).into(), (*uses).into());
+                self.invites.entry(*n).or_insert(Invite { uses, left, expires_at }).text()
+            }
+            Op::RevokeInvite { n } => match self.invites.remove(n) {
+                Some(_) => "Revoked".to_owned(),
+                None => "NotFound".to_owned(),
+            },
+            Op::ListInvites => {
+                self.invites.values().map(Invite::text).collect::<Vec<_>>().join(", ")
             }
             Op::Find { key } => {
                 self.accounts.iter().find(|account| account.key == *key).map_or_else(
@@ -409,6 +437,22 @@ impl Model {
         self.accounts.push(Account { name, key, record, at: now });
         self.inboxes.insert(key, Inbox::default());
         "registered"
+    }
+
+    fn register_invited(&mut self, name: u8, key: u8, invite: u8, now: UnixMillis) -> &'static str {
+        let is_repeat = self
+            .accounts
+            .iter()
+            .any(|account| (account.name, account.key, account.record) == (name, key, 1));
+        let valid = self.invites.get(&invite).filter(|one| one.left > 0 && one.expires_at > now);
+        if valid.is_none() && !is_repeat {
+            return "InviteInvalid";
+        }
+        let registered = self.register(name, key, 1, now);
+        if registered == "registered" {
+            self.invites.get_mut(&invite).expect("a valid invite").left -= 1;
+        }
+        registered
     }
 
     fn enqueue(&mut self, message: &Message, now: UnixMillis) -> String {

@@ -4,14 +4,14 @@
 use std::{collections::HashMap, time::Duration};
 
 use qpq_domain::{
-    AccountId, ChannelId, DeliveryLimits, DeviceId, DeviceKey, GroupId, IdentityKey,
+    AccountId, ChannelId, DeliveryLimits, DeviceId, DeviceKey, GroupId, IdentityKey, InviteHash,
     KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
     Ack, Admission, Batch, CertifiedKey, Commit, DevicePackage, Enqueued, GroupMessage,
-    GroupRecipients, GroupSent, HybridKey, Lease, NewAccount, NewDevice, NewGroup, NewKeyPackage,
-    NewMembers, NewMessage, NewSession, PackageOwner, Page, PageLimit, ReadError, ReadQuery,
-    Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    GroupRecipients, GroupSent, HybridKey, Invite, Lease, NewAccount, NewDevice, NewGroup,
+    NewInvite, NewKeyPackage, NewMembers, NewMessage, NewSession, PackageOwner, Page, PageLimit,
+    ReadError, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
 };
 use serde::{Deserialize, Serialize};
 
@@ -51,6 +51,20 @@ pub(crate) enum Op {
     Find {
         key: u8,
     },
+    CreateInvite {
+        n: u8,
+        uses: u8,
+        minutes: u8,
+    },
+    RegisterInvited {
+        name: u8,
+        key: u8,
+        invite: u8,
+    },
+    RevokeInvite {
+        n: u8,
+    },
+    ListInvites,
     Enqueue(Vec<Message>),
     /// Creates the group of [`MEMBERS`].
     CreateGroup,
@@ -217,6 +231,16 @@ fn device_key(n: u8) -> DeviceKey {
     DeviceKey::new(if n == OF_AN_ACCOUNT { [1; 32] } else { [0xd0 + n; 32] })
 }
 
+/// Returns the hash of the code of an invite.
+fn code(n: u8) -> InviteHash {
+    InviteHash::new([n; 32])
+}
+
+/// Returns an invite as text.
+pub(crate) fn invite_text(uses_left: u32, uses: u32, expires_at: UnixMillis) -> String {
+    format!("{uses_left} of {uses} until {}", expires_at.0)
+}
+
 fn device_id(n: u8) -> DeviceId {
     DeviceId::new([n; 16])
 }
@@ -279,7 +303,12 @@ impl Machine {
     /// Executes one operation at `now` and returns the answer.
     pub(crate) async fn apply(&mut self, op: Op, now: UnixMillis) -> String {
         match op {
-            Op::Register { .. } | Op::Find { .. } => self.accounts(op, now).await,
+            Op::Register { .. } | Op::RegisterInvited { .. } | Op::Find { .. } => {
+                self.accounts(op, now).await
+            }
+            Op::CreateInvite { .. } | Op::RevokeInvite { .. } | Op::ListInvites => {
+                self.invites(op, now).await
+            }
             Op::Enqueue(messages) => self.enqueue(messages, now).await,
             Op::CreateGroup => self.create_group(now).await,
             Op::SendToGroup(send) => self.send_to_group(send, now).await,
@@ -331,25 +360,10 @@ impl Machine {
     async fn accounts(&self, op: Op, now: UnixMillis) -> String {
         match op {
             Op::Register { name, key: k, record } => {
-                let username = Username::parse(&format!("user{name}")).expect("a username");
-                let new = NewAccount {
-                    username,
-                    identity: key(k),
-                    opaque_record: vec![record; 192],
-                    admission: Admission::Open,
-                    now,
-                };
-                match self.stores.accounts.register(new).await.expect("register") {
-                    Registration::Registered(id) => {
-                        assert_eq!(self.account(k).await, Some(id));
-                        "registered".to_owned()
-                    }
-                    Registration::Repeated(id) => {
-                        assert_eq!(self.account(k).await, Some(id));
-                        "repeated".to_owned()
-                    }
-                    other => format!("{other:?}"),
-                }
+                self.register(name, k, record, Admission::Open, now).await
+            }
+            Op::RegisterInvited { name, key: k, invite } => {
+                self.register(name, k, 1, Admission::Invite(code(invite)), now).await
             }
             Op::Find { key: k } => {
                 match self.stores.accounts.by_identity(&key(k)).await.expect("read") {
@@ -365,6 +379,59 @@ impl Machine {
                         format!("{} {record} {}", account.username, account.created_at.0)
                     }
                 }
+            }
+            other => unreachable!("{other:?}"),
+        }
+    }
+
+    async fn register(
+        &self,
+        name: u8,
+        k: u8,
+        record: u8,
+        admission: Admission,
+        now: UnixMillis,
+    ) -> String {
+        let username = Username::parse(&format!("user{name}")).expect("a username");
+        let opaque_record = vec![record; 192];
+        let new = NewAccount { username, identity: key(k), opaque_record, admission, now };
+        match self.stores.accounts.register(new).await.expect("register") {
+            Registration::Registered(id) => {
+                assert_eq!(self.account(k).await, Some(id));
+                "registered".to_owned()
+            }
+            Registration::Repeated(id) => {
+                assert_eq!(self.account(k).await, Some(id));
+                "repeated".to_owned()
+            }
+            other => format!("{other:?}"),
+        }
+    }
+
+    async fn invites(&self, op: Op, now: UnixMillis) -> String {
+        let invites = &self.stores.invites;
+        match op {
+            Op::CreateInvite { n, uses, minutes } => {
+                let invite = NewInvite {
+                    code: code(n),
+                    uses: uses.into(),
+                    lifetime: MINUTE * minutes.into(),
+                    username: None,
+                    note: String::new(),
+                    now,
+                };
+                let created = invites.create(invite).await.expect("create");
+                invite_text(created.uses_left, created.uses, created.expires_at)
+            }
+            Op::RevokeInvite { n } => {
+                format!("{:?}", invites.revoke(code(n).id()).await.expect("revoke"))
+            }
+            Op::ListInvites => {
+                let mut listed = invites.list(u32::MAX).await.expect("list");
+                listed.sort_by_key(|invite| invite.id.to_string());
+                let text =
+                    |invite: &Invite| invite_text(invite.uses_left, invite.uses, invite.expires_at);
+                listed.iter().map(text).collect::<Vec<_>>().join(", ")
             }
             other => unreachable!("{other:?}"),
         }
