@@ -138,6 +138,8 @@ fn account_op() -> impl Strategy<Value = Op> {
         3 => (account(), account(), 1..=2_u8)
             .prop_map(|(name, key, record)| Op::Register { name, key, record }),
         1 => account().prop_map(|key| Op::Find { key }),
+        1 => Just(Op::Delete),
+        1 => Just(Op::Erase),
         2 => (1..=3_u8, 1..=3_u8, 1..=20_u8)
             .prop_map(|(n, uses, minutes)| Op::CreateInvite { n, uses, minutes }),
         3 => (20..=25_u8, 20..=25_u8, 1..=3_u8)

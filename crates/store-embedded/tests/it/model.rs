@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use qpq_domain::UnixMillis;
+use qpq_ports::CALLS_ENDED;
 
 use crate::ops::{
-    GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op, Package, channel,
-    device_text, invite_text, limits, page_text, receipt_text, session_text,
+    DELETED, GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op, Package,
+    channel, device_text, invite_text, limits, page_text, receipt_text, session_text,
 };
 
 /// The state of a store, where each number is an account, channel, id, package or session.
@@ -23,6 +24,16 @@ pub(crate) struct Model {
     /// The account and device of each key.
     device_keys: BTreeMap<u8, (u8, u8)>,
     group: Option<Group>,
+    deletion: Option<Deletion>,
+}
+
+/// The deletion of the account [`DELETED`].
+struct Deletion {
+    /// The name of the account, which is reserved.
+    name: u8,
+    at: UnixMillis,
+    /// The time of the next pass of the erasure; `None` once it is done.
+    next_pass: Option<UnixMillis>,
 }
 
 struct Account {
@@ -256,6 +267,11 @@ impl Model {
                     |account| format!("user{} {} {}", account.name, account.record, account.at.0),
                 )
             }
+            Op::Delete => self.delete(now).to_owned(),
+            Op::Erase => {
+                self.erase(now);
+                "erased".to_owned()
+            }
             Op::Enqueue(messages) => messages
                 .iter()
                 .map(|message| self.enqueue(message, now))
@@ -431,8 +447,11 @@ impl Model {
             let is_same = existing.key == key && existing.record == record;
             return if is_same { "repeated" } else { "UsernameTaken" };
         }
-        if self.exists(key) {
+        if self.exists(key) || (self.deletion.is_some() && key == DELETED) {
             return "IdentityTaken";
+        }
+        if self.deletion.as_ref().is_some_and(|deletion| deletion.name == name) {
+            return "UsernameTaken";
         }
         self.accounts.push(Account { name, key, record, at: now });
         self.inboxes.insert(key, Inbox::default());
@@ -453,6 +472,37 @@ impl Model {
             self.invites.get_mut(&invite).expect("a valid invite").left -= 1;
         }
         registered
+    }
+
+    fn delete(&mut self, now: UnixMillis) -> &'static str {
+        let Some(place) = self.accounts.iter().position(|account| account.key == DELETED) else {
+            return "no account";
+        };
+        let name = self.accounts.remove(place).name;
+        self.inboxes.remove(&DELETED);
+        self.packages.remove(&DELETED);
+        self.hybrid.remove(&DELETED);
+        self.sessions.retain(|_, (owner, ..)| *owner != DELETED);
+        self.deletion = Some(Deletion { name, at: now, next_pass: Some(now) });
+        "deleted"
+    }
+
+    /// Removes the sender from messages of the deleted account, if a pass of the erasure is due.
+    fn erase(&mut self, now: UnixMillis) {
+        let Some(Deletion { at, next_pass: next_pass @ Some(_), .. }) = &mut self.deletion else {
+            return;
+        };
+        if *next_pass > Some(now) {
+            return;
+        }
+        for inbox in self.inboxes.values_mut() {
+            inbox.removed.retain(|(from, _), _| *from != DELETED);
+            for queued in inbox.queue.values_mut().filter(|queued| queued.from == DELETED) {
+                (queued.from, queued.id) = (0, None);
+            }
+        }
+        let calls_ended = at.plus(CALLS_ENDED);
+        *next_pass = (now < calls_ended).then_some(calls_ended);
     }
 
     fn enqueue(&mut self, message: &Message, now: UnixMillis) -> String {

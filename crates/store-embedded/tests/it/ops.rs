@@ -8,10 +8,11 @@ use qpq_domain::{
     KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Admission, Batch, CertifiedKey, Commit, DevicePackage, Enqueued, GroupMessage,
+    Ack, Admission, Batch, CertifiedKey, Commit, Deletion, DevicePackage, Enqueued, GroupMessage,
     GroupRecipients, GroupSent, HybridKey, Invite, Lease, NewAccount, NewDevice, NewGroup,
     NewInvite, NewKeyPackage, NewMembers, NewMessage, NewSession, PackageOwner, Page, PageLimit,
     ReadError, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    conformance::deletion::run_job,
 };
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +66,10 @@ pub(crate) enum Op {
         n: u8,
     },
     ListInvites,
+    /// Deletes the account [`DELETED`].
+    Delete,
+    /// Runs the erasures that are due.
+    Erase,
     Enqueue(Vec<Message>),
     /// Creates the group of [`MEMBERS`].
     CreateGroup,
@@ -171,6 +176,9 @@ pub(crate) struct Message {
     pub(crate) size: usize,
     pub(crate) minutes: u8,
 }
+
+/// The only account that is deleted: one that is in no group.
+pub(crate) const DELETED: u8 = 4;
 
 /// The number of the group, and of its channel.
 pub(crate) const GROUP: u8 = 3;
@@ -303,12 +311,14 @@ impl Machine {
     /// Executes one operation at `now` and returns the answer.
     pub(crate) async fn apply(&mut self, op: Op, now: UnixMillis) -> String {
         match op {
-            Op::Register { .. } | Op::RegisterInvited { .. } | Op::Find { .. } => {
-                self.accounts(op, now).await
-            }
             Op::CreateInvite { .. } | Op::RevokeInvite { .. } | Op::ListInvites => {
                 self.invites(op, now).await
             }
+            Op::Register { .. }
+            | Op::RegisterInvited { .. }
+            | Op::Find { .. }
+            | Op::Delete
+            | Op::Erase => self.accounts(op, now).await,
             Op::Enqueue(messages) => self.enqueue(messages, now).await,
             Op::CreateGroup => self.create_group(now).await,
             Op::SendToGroup(send) => self.send_to_group(send, now).await,
@@ -379,6 +389,19 @@ impl Machine {
                         format!("{} {record} {}", account.username, account.created_at.0)
                     }
                 }
+            }
+            Op::Delete => {
+                let Some(account) = self.account(DELETED).await else {
+                    return "no account".to_owned();
+                };
+                match self.stores.accounts.delete(account, now).await.expect("delete") {
+                    Deletion::Deleted(_) => "deleted".to_owned(),
+                    Deletion::NotFound => "not found".to_owned(),
+                }
+            }
+            Op::Erase => {
+                while run_job(&self.stores, now, |_| {}).await {}
+                "erased".to_owned()
             }
             other => unreachable!("{other:?}"),
         }
