@@ -204,7 +204,7 @@ methods! {
     /// Ends the session, or all sessions of the account.
     104 Logout(LogoutRequest) -> LogoutResponse, Session, Logout, Standard, Small, Idempotent, served;
     /// Replaces the caller's OPAQUE record and ends the account's other sessions.
-    105 ChangePassword(ChangePasswordRequest) -> ChangePasswordResponse, Fresh, Account, Standard, Small, Once, later;
+    105 ChangePassword(ChangePasswordRequest) -> ChangePasswordResponse, Fresh, Account, Standard, Small, Once, served;
 
     /// Adds a message to a recipient's inbox; it is durable when the call returns.
     200 Enqueue(EnqueueRequest) -> EnqueueResponse, Session, Send, Standard, Frame, ById, served;
@@ -288,11 +288,11 @@ methods! {
     /// Stores or removes the push token of a device.
     710 RegisterPushToken(RegisterPushTokenRequest) -> RegisterPushTokenResponse, Session, Device, Standard, Small, Idempotent, later;
     /// Stores the bundle that restores the account after a loss.
-    750 StoreRecoveryBundle(StoreRecoveryBundleRequest) -> StoreRecoveryBundleResponse, Session, Recovery, Standard, Frame, Idempotent, later;
+    750 StoreRecoveryBundle(StoreRecoveryBundleRequest) -> StoreRecoveryBundleResponse, Session, Recovery, Standard, Frame, Idempotent, served;
     /// Reads the recovery bundle.
-    751 FetchRecoveryBundle(FetchRecoveryBundleRequest) -> FetchRecoveryBundleResponse, Fresh, Recovery, Standard, Small, Idempotent, later;
+    751 FetchRecoveryBundle(FetchRecoveryBundleRequest) -> FetchRecoveryBundleResponse, Fresh, Recovery, Standard, Small, Idempotent, served;
     /// Removes the recovery bundle.
-    752 DeleteRecoveryBundle(DeleteRecoveryBundleRequest) -> DeleteRecoveryBundleResponse, Fresh, Recovery, Standard, Small, Idempotent, later;
+    752 DeleteRecoveryBundle(DeleteRecoveryBundleRequest) -> DeleteRecoveryBundleResponse, Fresh, Recovery, Standard, Small, Idempotent, served;
 
     /// Publishes the caller's direct endpoint for a limited time, or removes it.
     800 PublishEndpoint(PublishEndpointRequest) -> PublishEndpointResponse, Session, Endpoint, Standard, Medium, Idempotent, served;

@@ -79,6 +79,17 @@ pub struct PendingRegistration {
     pub(crate) password: Password,
 }
 
+/// A change of the password that has not reached the server, as [`PendingRegistration`].
+pub(crate) struct PendingPasswordChange {
+    /// The connection on which the change was started.
+    live: Arc<Live>,
+    upload: Bytes,
+    /// The key that each login with the new password will derive.
+    pub(crate) export_key: ExportKey,
+    /// The form of the new password that is registered.
+    pub(crate) password: Password,
+}
+
 /// The sessions that a logout ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogoutScope {
@@ -286,6 +297,62 @@ impl Client {
         };
         self.set_session(Some(session.token.clone()));
         Ok(session)
+    }
+
+    /// Prepares a change of the password, without a change on the server. The client has a session
+    /// of the account.
+    pub(crate) async fn begin_password_change(
+        &self,
+        username: &Username,
+        password: &Password,
+    ) -> Result<PendingPasswordChange, AuthError> {
+        let password = password.prepared().ok_or(AuthError::PasswordRefused)?;
+        let (state, request) = Registration::start(&password);
+        let live = self.shared.link.live(self.patience()).await?;
+        let start = v1::OpaqueRegisterStartRequest {
+            username: username.to_string(),
+            request: request.into(),
+        };
+        let answer = self.once::<methods::OpaqueRegisterStart>(&live, &start).await?;
+        let typed = password.clone();
+        let (upload, export_key) = blocking(move || state.finish(&typed, &answer.response))
+            .await
+            .map_err(|_| malformed::<methods::OpaqueRegisterStart>())?;
+        Ok(PendingPasswordChange { live, upload: upload.into(), export_key, password })
+    }
+
+    /// Changes the password. Returns the number of other sessions that were ended.
+    pub(crate) async fn finish_password_change(
+        &self,
+        pending: &PendingPasswordChange,
+    ) -> Result<u32, CallError> {
+        let request =
+            v1::ChangePasswordRequest { upload: pending.upload.clone(), ..Default::default() };
+        Ok(self.call_on::<methods::ChangePassword>(&pending.live, request).await?.revoked)
+    }
+
+    /// Returns whether a change of the password whose answer was lost has taken effect.
+    pub(crate) async fn has_changed_password(
+        &self,
+        pending: &PendingPasswordChange,
+    ) -> Result<bool, CallError> {
+        let until = self.patience();
+        let mut failures = 0;
+        loop {
+            // The server answers a repeat without a start Ok, and refuses another change.
+            let request =
+                v1::ChangePasswordRequest { upload: pending.upload.clone(), ..Default::default() };
+            let error = match self.call::<methods::ChangePassword>(request).await {
+                Ok(_) => return Ok(true),
+                Err(error) if error.is_code("auth.registration_not_started") => return Ok(false),
+                Err(error) if error.is_temporary() => error,
+                Err(error) => return Err(error),
+            };
+            failures += 1;
+            if !self.pause(&error, failures, until).await {
+                return Err(error);
+            }
+        }
     }
 
     /// Ends the session, or every session of the account; returns the number of ended sessions.

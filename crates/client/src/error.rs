@@ -138,6 +138,13 @@ impl ServerError {
     }
 }
 
+impl ServerError {
+    /// Returns whether the call may have had its effect in spite of the refusal.
+    pub(crate) fn is_uncertain(&self) -> bool {
+        matches!(self.status, Status::DeadlineExceeded | Status::Unavailable | Status::Internal)
+    }
+}
+
 impl fmt::Display for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the server answered {}", self.status.name())?;
@@ -316,6 +323,13 @@ pub enum Error {
     /// No request with this code waits.
     #[error("no device that asks to be linked has this code: it is mistyped, or has expired")]
     NoSuchLinkRequest,
+    /// The account has no recovery bundle.
+    #[error("the account has no recovery bundle, so only a device of the account can add this one")]
+    NoRecovery,
+    /// The recovery bundle is sealed under another password, and no code, or another one, was
+    /// given.
+    #[error("the recovery bundle was sealed under an earlier password, or the code is wrong")]
+    RecoverySealed,
     /// The name of a device is empty, too long, or has control characters.
     #[error("a device's name has 1 to {max} bytes and no control characters")]
     DeviceName {
@@ -344,6 +358,9 @@ pub enum Error {
         /// The maximum length of a name, in bytes.
         max: usize,
     },
+    /// The server did not answer a change of the password, and cannot be asked.
+    #[error("the server did not answer, so the password may or may not have changed: {0}")]
+    PasswordUncertain(#[source] CallError),
     /// MLS does not allow the operation (only a group's admins change its members), or a
     /// KeyPackage cannot be used.
     #[error(transparent)]

@@ -1,10 +1,10 @@
-//! Accounts: a username, an identity key and an OPAQUE record, bound together until the account is
-//! deleted.
+//! Accounts: a username and an identity key, bound together until the account is deleted, and an
+//! OPAQUE record, which a change of the password replaces.
 
 use std::fmt;
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, InviteHash, UnixMillis, Username};
+use qpq_domain::{AccountId, IdentityKey, InviteHash, TokenHash, UnixMillis, Username};
 
 use crate::{Deletion, Erasing, ErasureId, StoreResult};
 
@@ -25,6 +25,12 @@ pub trait Accounts: Send + Sync {
 
     /// Returns the account and the OPAQUE record of a username, for a login.
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>>;
+
+    /// Replaces the account's OPAQUE record, and ends all sessions of the account except the one
+    /// that changes the password, in one step. A session that is created before this step ends with
+    /// the others. A session that is created after it is created by a login that can read the new
+    /// record.
+    async fn change_password(&self, change: PasswordChange) -> StoreResult<PasswordChanged>;
 
     /// Returns the account with this username.
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>>;
@@ -105,6 +111,35 @@ pub enum Registration {
     IdentityTaken,
     /// The invite is unknown, used up, expired, or names another username.
     InviteInvalid,
+}
+
+/// A new OPAQUE record of an account.
+#[derive(Clone)]
+pub struct PasswordChange {
+    /// The account.
+    pub account: AccountId,
+    /// The session that changes the password, which stays.
+    pub session: TokenHash,
+    /// The OPAQUE registration record (RFC 9807 §5), 192 bytes.
+    pub opaque_record: Vec<u8>,
+}
+
+impl fmt::Debug for PasswordChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PasswordChange").field("account", &self.account).finish_non_exhaustive()
+    }
+}
+
+/// The outcome of a change of the password.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PasswordChanged {
+    /// The record was replaced.
+    Changed {
+        /// The number of sessions that were ended.
+        ended_sessions: u32,
+    },
+    /// The session has ended meanwhile, and nothing was changed.
+    SessionEnded,
 }
 
 /// The data of an account that a login with OPAQUE needs.

@@ -30,6 +30,7 @@ mod invites;
 mod jobs;
 mod keys;
 mod limiter;
+mod recovery;
 mod reports;
 mod sessions;
 pub mod transfer;
@@ -40,7 +41,10 @@ use async_trait::async_trait;
 use qpq_domain::{IdentityKey, StoreId, UnixMillis};
 
 pub use account_events::{AccountEvent, AccountEvents, SingleEdge};
-pub use accounts::{Account, Accounts, Admission, Credentials, NewAccount, Registration};
+pub use accounts::{
+    Account, Accounts, Admission, Credentials, NewAccount, PasswordChange, PasswordChanged,
+    Registration,
+};
 pub use audit::{Audit, AuditAction, AuditActor, AuditEntry, AuditPage};
 pub use bans::{
     Ban, BanEffects, BanRefusal, BanScope, Bans, ModerationRight, Moderator, NewBan, Unban,
@@ -72,6 +76,10 @@ pub use keys::{
     TakenKeyPackage, Upload, UploadMode,
 };
 pub use limiter::{Bucket, LimitKey, RateLimiter, Verdict};
+pub use recovery::{
+    AtRestKeyId, BundleFetch, BundlePut, BundleState, FETCH_DAY, NewBundle, RecoveryBundles,
+    StoredBundle,
+};
 pub use reports::{NewReport, ReadReports, Report, Reporting, Reports};
 pub use sessions::{NewSession, Session, SessionCreation, Sessions};
 
@@ -106,6 +114,8 @@ pub struct Stores {
     pub blocks: Arc<dyn Blocks>,
     /// The audit trail.
     pub audit: Arc<dyn Audit>,
+    /// Recovery bundles.
+    pub recovery_bundles: Arc<dyn RecoveryBundles>,
     /// Rate limits.
     pub limiter: Arc<dyn RateLimiter>,
     /// Account events between edges.

@@ -62,6 +62,8 @@ pub enum Table {
     Erasure,
     /// Keys and names that may not be registered.
     Tombstone,
+    /// Recovery bundles.
+    RecoveryBundle,
 }
 
 /// A column of a table.
@@ -102,7 +104,7 @@ pub type Row = Vec<Cell>;
 
 impl Table {
     /// All tables, in the order of the transfer.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Account,
         Self::Session,
         Self::Inbox,
@@ -126,6 +128,7 @@ impl Table {
         Self::Invite,
         Self::Erasure,
         Self::Tombstone,
+        Self::RecoveryBundle,
     ];
 
     /// Returns the name of the table in the schemas.
@@ -154,6 +157,7 @@ impl Table {
             Self::Invite => "invite",
             Self::Erasure => "erasure",
             Self::Tombstone => "tombstone",
+            Self::RecoveryBundle => "recovery_bundle",
         }
     }
 
@@ -183,6 +187,7 @@ impl Table {
             Self::Invite => columns::INVITE,
             Self::Erasure => columns::ERASURE,
             Self::Tombstone => columns::TOMBSTONE,
+            Self::RecoveryBundle => columns::RECOVERY_BUNDLE,
         }
     }
 

@@ -23,7 +23,7 @@ use tokio_util::{
 };
 
 use crate::{
-    AnswerMemory, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
+    AnswerMemory, AtRestKeys, DeliverySigner, OpaqueServer, RateLimits, SessionLifetimes,
     account_events::AccountEvents,
     answers::Answers,
     compute::ComputeLimiter,
@@ -42,6 +42,8 @@ pub struct Parts {
     pub opaque: OpaqueServer,
     /// The key of delivery proofs.
     pub signer: DeliverySigner,
+    /// The keys that seal stored data of accounts.
+    pub at_rest: AtRestKeys,
     /// The configuration.
     pub config: Config,
     /// The drain signal of the process. [`Rpc::drain`](crate::Rpc::drain) cancels it, too.
@@ -140,6 +142,7 @@ pub struct App {
     pub clock: Arc<dyn Clock>,
     pub opaque: OpaqueServer,
     pub signer: DeliverySigner,
+    pub at_rest: AtRestKeys,
     pub config: Config,
     pub(crate) budgets: Budgets,
     pub(crate) answers: Answers,
@@ -172,7 +175,7 @@ impl fmt::Debug for App {
 
 impl App {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { stores, clock, opaque, signer, config, draining } = parts;
+        let Parts { stores, clock, opaque, signer, at_rest, config, draining } = parts;
         let budgets = Budgets::new(&config.limits);
         Self {
             started_at: clock.now(),
@@ -198,6 +201,7 @@ impl App {
             clock,
             opaque,
             signer,
+            at_rest,
             config,
         }
     }

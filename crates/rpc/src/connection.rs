@@ -1,6 +1,6 @@
-//! The state of one client connection: its address, its session, its unfinished logins, its
-//! subscription. No other connection can change this state, so no other client can disturb a login.
-//! The state ends with the connection, so any edge can be killed.
+//! The state of one client connection: its address, its session, its unfinished logins and
+//! registrations, its subscription. No other connection can change this state, so no other client
+//! can disturb a login. The state ends with the connection, so any edge can be killed.
 
 use std::{
     fmt,
@@ -11,15 +11,17 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use qpq_domain::{AccountId, IdentityKey, StoreId, TokenHash, UnixMillis, Username};
+use qpq_domain::{StoreId, TokenHash, UnixMillis, Username};
+use qpq_ports::Credentials;
 use tokio::task::AbortHandle;
 
 use crate::{answers::Memory, opaque::PendingLogin};
 
-/// The maximum number of unfinished logins on one connection. A further login removes the oldest.
+/// The maximum number of unfinished logins on one connection, and of unfinished registrations. A
+/// further one removes the oldest.
 const MAX_PENDING: usize = 4;
 
-/// The maximum time between OpaqueLoginStart and OpaqueLoginFinish.
+/// The maximum time between the start of a login or registration and its end.
 const PENDING_LIFETIME: Duration = Duration::from_secs(60);
 
 /// The stream of a connection's events. The server opens it with the first event.
@@ -39,16 +41,22 @@ pub struct ClientConnection {
 #[derive(Default)]
 struct State {
     session: Option<TokenHash>,
-    pending: Vec<Pending>,
+    logins: PendingStates<UnfinishedLogin>,
+    /// The usernames for which an OPAQUE registration was started, for ChangePassword.
+    registrations: PendingStates<()>,
     subscription: Option<AbortHandle>,
     /// The history of the store (its id) from which messages were peeked last.
     peeked_history: Option<StoreId>,
     closed: bool,
 }
 
-struct Pending {
+/// The states between the starts of logins or registrations and their ends: at most one for each
+/// username.
+struct PendingStates<T>(Vec<Pending<T>>);
+
+struct Pending<T> {
     username: Username,
-    login: UnfinishedLogin,
+    state: T,
     started_at: UnixMillis,
 }
 
@@ -56,8 +64,8 @@ struct Pending {
 #[derive(Debug)]
 pub(crate) struct UnfinishedLogin {
     pub(crate) opaque: PendingLogin,
-    /// The account; `None` if it does not exist.
-    pub(crate) account: Option<(AccountId, IdentityKey)>,
+    /// The account and the record with which the login started; `None` if there is no such account.
+    pub(crate) credentials: Option<Credentials>,
 }
 
 impl fmt::Debug for ClientConnection {
@@ -143,13 +151,7 @@ impl ClientConnection {
     /// Adds an unfinished login. Removes one of the same username, and the oldest if there are too
     /// many.
     pub(crate) fn start_login(&self, username: Username, login: UnfinishedLogin, now: UnixMillis) {
-        let mut state = self.state.lock();
-        let pending = &mut state.pending;
-        pending.retain(|other| other.is_alive(now) && other.username != username);
-        if pending.len() == MAX_PENDING {
-            pending.remove(0);
-        }
-        pending.push(Pending { username, login, started_at: now });
+        self.state.lock().logins.add(username, login, now);
     }
 
     /// Removes and returns the unfinished login of `username`.
@@ -158,10 +160,18 @@ impl ClientConnection {
         username: &Username,
         now: UnixMillis,
     ) -> Option<UnfinishedLogin> {
-        let mut state = self.state.lock();
-        state.pending.retain(|pending| pending.is_alive(now));
-        let index = state.pending.iter().position(|pending| pending.username == *username)?;
-        Some(state.pending.remove(index).login)
+        self.state.lock().logins.take(username, now)
+    }
+
+    /// Records that a registration of `username` was started, as [`Self::start_login`] does for a
+    /// login.
+    pub(crate) fn start_registration(&self, username: Username, now: UnixMillis) {
+        self.state.lock().registrations.add(username, (), now);
+    }
+
+    /// Removes the started registration of `username`. Returns whether there was one.
+    pub(crate) fn take_registration(&self, username: &Username, now: UnixMillis) -> bool {
+        self.state.lock().registrations.take(username, now).is_some()
     }
 }
 
@@ -172,7 +182,30 @@ impl Drop for ClientConnection {
     }
 }
 
-impl Pending {
+impl<T> Default for PendingStates<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T> PendingStates<T> {
+    fn add(&mut self, username: Username, state: T, now: UnixMillis) {
+        let pending = &mut self.0;
+        pending.retain(|other| other.is_alive(now) && other.username != username);
+        if pending.len() == MAX_PENDING {
+            pending.remove(0);
+        }
+        pending.push(Pending { username, state, started_at: now });
+    }
+
+    fn take(&mut self, username: &Username, now: UnixMillis) -> Option<T> {
+        self.0.retain(|pending| pending.is_alive(now));
+        let index = self.0.iter().position(|pending| pending.username == *username)?;
+        Some(self.0.remove(index).state)
+    }
+}
+
+impl<T> Pending<T> {
     fn is_alive(&self, now: UnixMillis) -> bool {
         now.since(self.started_at) < PENDING_LIFETIME
     }

@@ -156,6 +156,8 @@ errors! {
     /// these cases.
     InviteInvalid => Forbidden "auth.invite_invalid" DEBUG
         "The invite is wrong, used up or expired. Check it, or ask the operator for another one.";
+    RegistrationNotStarted => Forbidden "auth.registration_not_started" DEBUG
+        "A new password begins with OpaqueRegisterStart for your own username on the same connection, at most 60 s before.";
     /// A wrong password, an unknown username, no login in progress, or another account's key.
     /// Clients cannot distinguish these cases.
     LoginFailed => Unauthorized "auth.failed" DEBUG
@@ -247,6 +249,16 @@ errors! {
     OlderEdges => Unavailable "device.older_servers" WARN
         "Devices can be registered once every server of the cluster is upgraded. Try again later.";
 
+    EmptyBundle => BadRequest "recovery.empty" DEBUG
+        "A recovery bundle has at least one byte. Remove one with DeleteRecoveryBundle.";
+    BundleTooLarge => BadRequest "recovery.too_large" DEBUG
+        "A recovery bundle has at most 64 KiB.";
+    StaleBundleVersion => Forbidden "recovery.stale_version" DEBUG
+        "Another bundle was stored meanwhile. Read it and try again.";
+    /// The value is the time until the next fetch.
+    BundleFetchesUsedUp(Duration) => RateLimited "recovery.fetch_limit" WARN
+        "A recovery bundle can be fetched 10 times a day. Try again later.";
+
     UserNotFound => NotFound "users.not_found" DEBUG
         "There is no such account.";
     UnknownDomain => NotFound "federation.unknown_domain" DEBUG
@@ -304,7 +316,7 @@ impl Error {
     /// Returns the time to wait before a retry; always set with RateLimited and Unavailable.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::RateLimited(wait) => Some(*wait),
+            Self::RateLimited(wait) | Self::BundleFetchesUsedUp(wait) => Some(*wait),
             other => other.code().default_wait(),
         }
     }
@@ -321,6 +333,7 @@ impl Error {
             Self::InvalidIdentityProof | Self::IdentityProofRequired => Some("identity_proof"),
             Self::InvalidHybridKey => Some("hybrid_public_key"),
             Self::InvalidHybridSignature => Some("signature"),
+            Self::EmptyBundle | Self::BundleTooLarge => Some("bundle"),
             Self::InvalidDeviceKey => Some("device_key"),
             Self::InvalidDeviceProof => Some("device_proof"),
             _ => None,

@@ -11,6 +11,7 @@
 //! its area under `handlers/`. There is no registration.
 
 pub mod account_events;
+pub mod at_rest;
 pub mod auth;
 pub mod docs;
 pub mod error;
@@ -31,6 +32,7 @@ mod waiters;
 
 pub use answers::AnswerMemory;
 pub use app::{App, Config, IdentityProof, Parts, RegistrationMode};
+pub use at_rest::AtRestKeys;
 pub use auth::{Admin, Caller, FreshCaller, ModeratingCaller, SessionLifetimes};
 pub use connection::{ClientConnection, Events};
 pub use dispatch::{Cx, Handled, Handler, Response};

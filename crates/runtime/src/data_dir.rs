@@ -78,24 +78,40 @@ impl DataDir {
         self.read(file, GROUP_OR_OTHERS)
     }
 
-    /// Reads a secret. Logs a warning if the file's mode has one of the bits of `forbidden_mode`.
+    /// Returns the secret contents of the file `name`, which may have any length, if the file
+    /// exists.
+    pub fn read_any(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
+        self.read_with_mode(name, GROUP_OR_OTHERS)
+    }
+
     fn read(
         &self,
         file: SecretFile,
         forbidden_mode: u32,
     ) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
-        let path = self.0.join(file.name);
+        let Some(secret) = self.read_with_mode(file.name, forbidden_mode)? else { return Ok(None) };
+        if secret.len() == file.length {
+            return Ok(Some(secret));
+        }
+        let (path, found) = (self.0.join(file.name), secret.len());
+        let SecretFile { length: expected, if_lost, .. } = file;
+        Err(DataDirError::Damaged { path, found, expected, if_lost })
+    }
+
+    /// Reads a file. Logs a warning if the file's mode has one of the bits of `forbidden_mode`.
+    fn read_with_mode(
+        &self,
+        name: &str,
+        forbidden_mode: u32,
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, DataDirError> {
+        let path = self.0.join(name);
         let secret = match fs::read(&path) {
             Ok(secret) => Zeroizing::new(secret),
             Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(DataDirError::Read { path, source }),
         };
         warn_if_shared(&path, forbidden_mode);
-        if secret.len() == file.length {
-            return Ok(Some(secret));
-        }
-        let SecretFile { length: expected, if_lost, .. } = file;
-        Err(DataDirError::Damaged { path, found: secret.len(), expected, if_lost })
+        Ok(Some(secret))
     }
 
     /// Returns the secret in `file`. If there is none, writes one from `create` with mode 0600,

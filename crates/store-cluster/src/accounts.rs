@@ -1,23 +1,30 @@
-//! Accounts in Postgres. An account is inserted and never replaced; `deletion` removes it. If two
-//! edges register the same name, skeleton or key concurrently, the unique indexes accept one, and
-//! the other edge answers from the stored row.
+//! Accounts in Postgres. An account is inserted and never replaced, except for its OPAQUE record;
+//! `deletion` removes it. If two edges register the same name, skeleton or key concurrently, the
+//! unique indexes accept one, and the other edge answers from the stored row.
+
+use std::{collections::HashSet, mem};
 
 use async_trait::async_trait;
-use qpq_domain::{AccountId, IdentityKey, Skeleton, UnixMillis, Username};
+use parking_lot::Mutex;
+use qpq_domain::{AccountId, IdentityKey, Skeleton, TokenHash, UnixMillis, Username};
 use qpq_ports::{
     Account, Accounts, Admission, Credentials, Deletion, Erasing, ErasureId, NewAccount,
-    Registration, StoreError, StoreResult, identity_tombstone, name_tombstone,
+    PasswordChange, PasswordChanged, Registration, StoreError, StoreResult, identity_tombstone,
+    name_tombstone,
 };
 use sqlx::{PgConnection, postgres::PgRow};
 
 use crate::{
     ClusterStore,
+    effects::Effects,
     invites::{self, ValidFor},
     postgres::{
         Repeat, Scope, Statement,
         row::{Columns as _, millis},
     },
+    sessions::tokens,
     skeletons::FillSkeletons,
+    store::Inner,
 };
 
 /// Maximum attempts to register while edges of the previous release add accounts without a
@@ -54,6 +61,17 @@ const BY_USERNAME: &str =
 const BY_IDENTITY: &str =
     "SELECT id, username, identity, created_at FROM account WHERE identity = $1";
 
+/// Waits for the sessions that other transactions create for the account, whose foreign keys lock
+/// its row, and prevents that another one is created before the commit. A separate statement, so
+/// that [`END_OTHER_SESSIONS`] sees the sessions for which this one waited.
+const LOCK: &str = "SELECT id FROM account WHERE id = $1 FOR UPDATE";
+
+const REPLACE_RECORD: &str = "
+    UPDATE account SET opaque_record = $3
+     WHERE id = $1 AND EXISTS (SELECT 1 FROM session WHERE token = $2 AND account = $1)";
+const END_OTHER_SESSIONS: &str =
+    "DELETE FROM session WHERE account = $1 AND token <> $2 RETURNING token";
+
 /// The error if other edges insert accounts without a skeleton faster than this one computes the
 /// skeletons.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +94,38 @@ impl Accounts for ClusterStore {
 
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
         Ok(self.inner.database.run(&FindCredentials(username)).await?)
+    }
+
+    async fn change_password(&self, change: PasswordChange) -> StoreResult<PasswordChanged> {
+        let store = self.clone();
+        // A separate task, so that the copies of the sessions are invalidated even if the caller is
+        // dropped.
+        let changing = tokio::spawn(async move {
+            let Inner { database, applier, .. } = &*store.inner;
+            let change = ChangePassword { change, ended: Mutex::default() };
+            let changed = database.run(&change).await;
+            // The tokens of all attempts: an attempt whose commit was not answered may have
+            // succeeded.
+            let tokens = mem::take(&mut *change.ended.lock());
+            let ended_sessions: Vec<_> = tokens.into_iter().collect();
+            let count = u32::try_from(ended_sessions.len()).unwrap_or(u32::MAX);
+            match changed {
+                Ok(true) => {
+                    applier.apply(Effects { ended_sessions, ..Effects::default() }).await;
+                    Ok(PasswordChanged::Changed { ended_sessions: count })
+                }
+                // A first attempt may have succeeded before the session ended.
+                Ok(false) => {
+                    applier.sessions.uncertain(&ended_sessions).await;
+                    Ok(PasswordChanged::SessionEnded)
+                }
+                Err(error) => {
+                    applier.sessions.uncertain(&ended_sessions).await;
+                    Err(error.into())
+                }
+            }
+        });
+        changing.await.unwrap_or_else(|error| Err(StoreError::unavailable(error)))
     }
 
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>> {
@@ -179,6 +229,46 @@ fn conflict(new: &NewAccount, stored: &Credentials) -> Registration {
         Registration::Repeated(stored.account)
     } else {
         Registration::UsernameTaken
+    }
+}
+
+/// Replaces the OPAQUE record and ends the account's other sessions. Collects the tokens of all
+/// attempts. Returns whether the session that changes the password exists.
+struct ChangePassword {
+    change: PasswordChange,
+    ended: Mutex<HashSet<TokenHash>>,
+}
+
+impl Statement for ChangePassword {
+    type Output = bool;
+
+    /// A repeat stores the same record.
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Transaction;
+
+    fn name(&self) -> &'static str {
+        "change_password"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<bool> {
+        let PasswordChange { account, session, opaque_record } = &self.change;
+        sqlx::query(LOCK).bind(account.0).fetch_optional(&mut *connection).await?;
+        let replaced = sqlx::query(REPLACE_RECORD)
+            .bind(account.0)
+            .bind(&session.as_bytes()[..])
+            .bind(&opaque_record[..])
+            .execute(&mut *connection)
+            .await?;
+        if replaced.rows_affected() == 0 {
+            return Ok(false);
+        }
+        let ended = sqlx::query(END_OTHER_SESSIONS)
+            .bind(account.0)
+            .bind(&session.as_bytes()[..])
+            .fetch_all(connection)
+            .await?;
+        self.ended.lock().extend(tokens(&ended)?);
+        Ok(true)
     }
 }
 

@@ -43,6 +43,7 @@ mod metrics;
 mod nats;
 mod operate;
 mod postgres;
+mod recovery;
 mod redis;
 mod reports;
 mod sessions;

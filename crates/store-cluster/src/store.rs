@@ -156,6 +156,7 @@ impl ClusterStore {
             reports: Arc::clone(&store) as _,
             blocks: Arc::clone(&store) as _,
             audit: Arc::clone(&store) as _,
+            recovery_bundles: store.clone(),
             limiter: Arc::clone(&store) as _,
             account_events: Arc::clone(&store) as _,
             jobs: Arc::new(JobQueue::new(self.inner.database.clone())),

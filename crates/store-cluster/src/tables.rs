@@ -428,6 +428,20 @@ static TABLES: &[TableDescription] = &[
         columns: &[column("hash", Role::SharedKey), column("until", Role::Set("t.until"))],
     },
     TableDescription {
+        name: "recovery_bundle",
+        content: Content::Transferred(Table::RecoveryBundle),
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            column("account", Role::Account),
+            value("version"),
+            value("bundle"),
+            value("key_id"),
+            value("stored_at"),
+            value("counted_from"),
+            value("fetches"),
+        ],
+    },
+    TableDescription {
         name: "payload",
         content: Content::Local,
         erased: &[Erased::With("message")],

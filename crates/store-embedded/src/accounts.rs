@@ -1,17 +1,20 @@
-//! Accounts in SQLite. An account is inserted and never replaced. `deletion` removes it.
+//! Accounts in SQLite. An account is inserted and never replaced, except for its OPAQUE record.
+//! `deletion` removes it.
 
 use async_trait::async_trait;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, UnixMillis, Username};
 use qpq_ports::{
     Account, Accounts, Admission, Credentials, Deletion, Erasing, ErasureId, NewAccount,
-    Registration, StoreResult, identity_tombstone, name_tombstone,
+    PasswordChange, PasswordChanged, Registration, StoreResult, identity_tombstone, name_tombstone,
 };
 use sqlx::{Connection as _, Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use crate::{
+    effects::Effects,
     error::read_failed,
     invites::{self, ValidFor},
     row::{Columns as _, millis},
+    sessions::tokens,
     statement::{Done, SMALL, Statement},
     store::EmbeddedStore,
 };
@@ -30,6 +33,10 @@ impl Accounts for EmbeddedStore {
             .await
             .and_then(|row| row.as_ref().map(credentials).transpose())
             .map_err(read_failed)
+    }
+
+    async fn change_password(&self, change: PasswordChange) -> StoreResult<PasswordChanged> {
+        self.writer.run(ChangePassword(change)).await
     }
 
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>> {
@@ -193,6 +200,43 @@ impl Register {
             // Without a reason of the key, the name belongs to an account or is reserved.
             (true, _) | (false, false) => Registration::UsernameTaken,
         })
+    }
+}
+
+/// Replaces the OPAQUE record and ends the account's other sessions.
+struct ChangePassword(PasswordChange);
+
+impl Statement for ChangePassword {
+    type Answer = PasswordChanged;
+    const NAME: &'static str = "change password";
+
+    fn bytes(&self) -> usize {
+        SMALL + self.0.opaque_record.len()
+    }
+
+    async fn run(&self, tx: &mut SqliteConnection) -> sqlx::Result<Done<PasswordChanged>> {
+        let PasswordChange { account, session, opaque_record } = &self.0;
+        let changed = sqlx::query(
+            "UPDATE account SET opaque_record = ?3
+              WHERE id = ?1 AND EXISTS (SELECT 1 FROM session WHERE token = ?2 AND account = ?1)",
+        )
+        .bind(account.0)
+        .bind(&session.as_bytes()[..])
+        .bind(&opaque_record[..])
+        .execute(&mut *tx)
+        .await?;
+        if changed.rows_affected() == 0 {
+            return Ok(Done::keep(PasswordChanged::SessionEnded));
+        }
+        let rows =
+            sqlx::query("DELETE FROM session WHERE account = ?1 AND token <> ?2 RETURNING token")
+                .bind(account.0)
+                .bind(&session.as_bytes()[..])
+                .fetch_all(tx)
+                .await?;
+        let ended_sessions = u32::try_from(rows.len()).unwrap_or(u32::MAX);
+        let effects = Effects { sessions_changed: tokens(&rows)?, ..Effects::default() };
+        Ok(Done::with(PasswordChanged::Changed { ended_sessions }, effects))
     }
 }
 

@@ -56,6 +56,7 @@ mod metrics;
 mod open;
 mod open_error;
 mod reader;
+mod recovery;
 mod reports;
 mod row;
 mod schema;

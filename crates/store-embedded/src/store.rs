@@ -47,6 +47,7 @@ impl EmbeddedStore {
             reports: store.clone(),
             blocks: store.clone(),
             audit: store.clone(),
+            recovery_bundles: store.clone(),
             limiter: store.clone(),
             account_events: Arc::new(SingleEdge),
             maintenance: store.clone(),

@@ -403,6 +403,20 @@ static TABLES: &[TableDescription] = &[
         erased: &[Erased::Tombstones],
         columns: &[value("hash"), column("until", Role::RowNumber)],
     },
+    TableDescription {
+        name: "recovery_bundle",
+        content: Content::Transferred { to: Table::RecoveryBundle, key: 1 },
+        erased: &[Erased::RowsOf("account")],
+        columns: &[
+            column("account", Role::Account),
+            value("version"),
+            value("bundle"),
+            value("key_id"),
+            value("stored_at"),
+            value("counted_from"),
+            value("fetches"),
+        ],
+    },
     // The rows of `payload` are moved as the payloads of their messages.
     TableDescription {
         name: "payload",

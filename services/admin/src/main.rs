@@ -72,6 +72,12 @@ enum Command {
     RotateTicketKeys(rotate::Args),
     /// Replace the key of the tokens that validate the addresses of clients.
     RotateTokenKey(rotate::Args),
+    /// Add a key to those that seal stored data of accounts, as recovery bundles. Old keys stay, so
+    /// that older data can be read.
+    RotateAtRestKeys(rotate::AtRestArgs),
+    /// Create the keys that seal stored data of accounts, in the shared directory of a cluster that
+    /// was created before they existed.
+    AddAtRestKeys(rotate::Args),
 }
 
 fn main() -> ExitCode {
@@ -107,6 +113,8 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::MigrateToCluster(args) => migrate_to_cluster::run(args),
         Command::RotateTicketKeys(args) => rotate::ticket_keys(args),
         Command::RotateTokenKey(args) => rotate::token_key(args),
+        Command::RotateAtRestKeys(args) => rotate::at_rest_keys(args),
+        Command::AddAtRestKeys(args) => rotate::add_at_rest_keys(args),
     }
 }
 

@@ -17,9 +17,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use qpq_ports::transfer::{Digests, Table};
+use qpq_rpc::AtRestKeys;
 use qpq_runtime::data_dir::{
     DataDir, SecretFile,
-    cluster::{ClusterDir, ClusterId, DELIVERY_KEY, OPAQUE_SETUP},
+    cluster::{
+        AT_REST_KEYS, AT_REST_KEYS_IF_LOST, ClusterDir, ClusterId, DELIVERY_KEY, OPAQUE_SETUP,
+    },
 };
 use qpq_store_cluster::Import;
 use qpq_store_embedded::{Export, TRANSFERRED_FILE};
@@ -122,7 +125,33 @@ fn compare_secrets(from: &Path, shared: &ClusterDir) -> anyhow::Result<[u8; 32]>
             );
         }
     }
+    compare_at_rest_keys(&node, shared)?;
     Ok(OPAQUE_SETUP.fingerprint(&secret(OPAQUE_SETUP)?))
+}
+
+/// Checks that the cluster has the node's keys at rest. The cluster may have further ones.
+fn compare_at_rest_keys(node: &DataDir, shared: &ClusterDir) -> anyhow::Result<()> {
+    let Some(file) = node.read_any(AT_REST_KEYS)? else { return Ok(()) };
+    let path = node.path().join(AT_REST_KEYS);
+    let cannot = || format!("{} is damaged. {AT_REST_KEYS_IF_LOST}", path.display());
+    let node_keys = AtRestKeys::parse(&file).with_context(cannot)?;
+    let shared_keys = match shared.read_any(AT_REST_KEYS)? {
+        Some(file) => Some(
+            AtRestKeys::parse(&file)
+                .with_context(|| format!("{} is damaged", shared.file(AT_REST_KEYS).display()))?,
+        ),
+        None => None,
+    };
+    let has = |key| shared_keys.as_ref().is_some_and(|keys| keys.contains(key));
+    ensure!(
+        node_keys.ids().all(has),
+        "{} does not contain the keys of {}. {AT_REST_KEYS_IF_LOST} Create the cluster's directory \
+         from the node's: `qpq-admin init --out DIR --from {}`",
+        shared.file(AT_REST_KEYS).display(),
+        path.display(),
+        node.path().display()
+    );
+    Ok(())
 }
 
 /// Fails if the cluster has another account with the name or key of an account of the node.

@@ -5,6 +5,7 @@ mod account;
 mod device;
 mod group;
 mod moderate;
+mod recovery;
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
@@ -17,6 +18,7 @@ pub(crate) use self::{
     device::DeviceCommand,
     group::GroupCommand,
     moderate::{BanDuration, ModerateCommand},
+    recovery::RecoveryCommand,
 };
 
 const AFTER_HELP: &str = "\
@@ -166,8 +168,25 @@ pub(crate) enum Command {
     ///
     /// If the server has moved or has a new certificate, name it once:
     ///   qpq login --server HOST:PORT --pin FINGERPRINT
+    ///
+    /// On a machine without the account, brings it back from its recovery bundle, if
+    /// there is one (`qpq recovery show`), and makes this machine a new device:
+    ///   qpq login alice --server HOST:PORT
     #[command(verbatim_doc_comment)]
-    Login,
+    Login {
+        /// The account, if this machine does not have it
+        username: Option<Username>,
+        /// Name of this device, if it is a new one
+        #[arg(long, value_name = "NAME", default_value = "restored device")]
+        #[arg(hide_default_value = true, requires = "username")]
+        device: String,
+        /// Ask for the recovery code, too
+        #[arg(long, requires = "username")]
+        recovery_code: bool,
+        /// File of the recovery code
+        #[arg(long, value_name = "FILE", requires = "username")]
+        recovery_code_file: Option<PathBuf>,
+    },
     /// End the session and forget the key
     ///
     /// Account and messages stay on this machine, encrypted. Without a connection the
@@ -178,6 +197,19 @@ pub(crate) enum Command {
         /// End every session of the account, on other machines too
         #[arg(long)]
         all: bool,
+    },
+    /// Change the password, and end all other sessions
+    ///
+    /// Asks for the present password, then twice for the new one. The profile on this
+    /// machine opens with the new password from then on.
+    ///
+    /// Your other devices have to log in again: run `qpq login` there before they are
+    /// restarted or logged out, or link them again with `qpq device link`.
+    #[command(verbatim_doc_comment)]
+    Passwd {
+        /// File of the new password
+        #[arg(long, value_name = "FILE")]
+        new_password_file: Option<PathBuf>,
     },
     /// Show who you are, where, and whether you are logged in
     Whoami,
@@ -239,6 +271,9 @@ pub(crate) enum Command {
     /// Link, list and revoke your devices
     #[command(subcommand)]
     Device(DeviceCommand),
+    /// Prepare for the loss of all your devices
+    #[command(subcommand)]
+    Recovery(RecoveryCommand),
     /// Show your keys, or compare them with another user's
     ///
     /// A safety number is the same on both sides if and only if nobody, not even the

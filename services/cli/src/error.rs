@@ -153,7 +153,21 @@ impl From<Error> for CliError {
                 "compare it with the new device; a code expires after 15 minutes, then run \
                  `qpq device link` again",
             ),
+            Error::NoRecovery => failure(
+                "client.no_recovery",
+                "add this machine with a device that you have: qpq device link --name NAME USERNAME",
+            ),
+            Error::RecoverySealed => failure(
+                "client.recovery_sealed",
+                "give the code with --recovery-code, or add this machine with a device that you \
+                 have: qpq device link --name NAME USERNAME",
+            ),
             Error::DeviceName { .. } => failure("client.device_name", "choose another name"),
+            Error::PasswordUncertain(_) => {
+                Self::new(Exit::Unreachable, "client.password_uncertain", error).hint(
+                    "run `qpq login` with the new password; if it is refused, with the old one",
+                )
+            }
             Error::Mls(error) => error.into(),
             Error::State(_) => {
                 failure("profile.io", "check that the directory is yours and the disk has space")
@@ -324,7 +338,8 @@ impl From<ProfileError> for CliError {
         let failure = |code, hint: &'static str| Self::new(Exit::Failure, code, &error).hint(hint);
         match error {
             ProfileError::Missing(_) => Self::new(Exit::NotLoggedIn, "profile.missing", error).hint(
-                "run `qpq register USERNAME --server HOST:PORT`, or choose another profile (`qpq profiles`)",
+                "run `qpq register USERNAME --server HOST:PORT` or, if you have an account, `qpq \
+                 login USERNAME --server HOST:PORT`, or choose another profile (`qpq profiles`)",
             ),
             ProfileError::Exists(_) => {
                 failure("profile.exists", "use another profile: qpq -p NAME register …")
@@ -337,8 +352,10 @@ impl From<ProfileError> for CliError {
                 failure("profile.unfinished", "run `qpq register` again with the same password")
             }
             ProfileError::WrongKey => {
-                Self::new(Exit::NotLoggedIn, "profile.wrong_key", "the profile does not open")
-                    .hint("run `qpq login`")
+                Self::new(Exit::NotLoggedIn, "profile.wrong_key", "the profile does not open").hint(
+                    "run `qpq login`; if that says the same, the password was changed on another \
+                     device: link this one again, in another profile: qpq -p NAME device link …",
+                )
             }
             ProfileError::Damaged { .. } => {
                 failure("profile.damaged", "restore the profile's directory from a backup")

@@ -7,7 +7,7 @@ use std::{
 };
 
 use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
-use qpq_client::Password;
+use qpq_client::{InvalidRecoveryCode, Password, RecoveryCode};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -49,14 +49,42 @@ impl Source {
         Ok(Password::new(password))
     }
 
+    /// Returns a recovery code.
+    pub(crate) async fn recovery_code(&self) -> Result<RecoveryCode, CliError> {
+        let typed = match self {
+            Self::Terminal => {
+                let [typed] = ask(["Recovery code: "]).await?;
+                typed
+            }
+            other => other.given()?,
+        };
+        typed.parse().map_err(|error: InvalidRecoveryCode| {
+            CliError::new(Exit::Failure, "client.recovery_code", error)
+                .hint("type the twelve words that `qpq recovery show` printed")
+        })
+    }
+
     /// Returns the password of a new account, which a person types twice.
     pub(crate) async fn chosen(&self, output: &Output) -> Result<Password, CliError> {
+        self.typed_twice(output, ["Password: ", "Again:    "]).await
+    }
+
+    /// Returns the new password of an existing account, which a person types twice.
+    pub(crate) async fn replacement(&self, output: &Output) -> Result<Password, CliError> {
+        self.typed_twice(output, ["New password: ", "Again:        "]).await
+    }
+
+    async fn typed_twice(
+        &self,
+        output: &Output,
+        prompts: [&'static str; 2],
+    ) -> Result<Password, CliError> {
         let password = match self {
             Self::Terminal => {
                 output.note(
                     "Choose a password. Nobody can reset it, so write it down somewhere safe.",
                 );
-                let [password, again] = ask(["Password: ", "Again:    "]).await?;
+                let [password, again] = ask(prompts).await?;
                 if *again != *password {
                     return Err(CliError::new(
                         Exit::Failure,

@@ -13,7 +13,7 @@ use qpq_runtime::{
     config::ListenOn,
     data_dir::{
         DataDir, SecretFile,
-        cluster::{DELIVERY_KEY, OPAQUE_SETUP},
+        cluster::{AT_REST_KEYS, DELIVERY_KEY, OPAQUE_SETUP},
     },
 };
 use qpq_store_embedded::{
@@ -22,7 +22,7 @@ use qpq_store_embedded::{
 use qpq_transport::Identity;
 
 use crate::{
-    Config,
+    Config, at_rest,
     certificate::{self, CertificateError, Found},
     compose::with_causes,
     config::Generate,
@@ -164,6 +164,16 @@ fn check_secrets(path: &Path, report: &mut Report) {
             Err(error) => report.problem(error),
         }
     }
+    // A missing file is an error only if something is sealed, which only a start checks.
+    match dir.read_any(AT_REST_KEYS) {
+        Ok(Some(file)) => {
+            if let Err(error) = at_rest::parse(path.join(AT_REST_KEYS), &file) {
+                report.problem(error);
+            }
+        }
+        Ok(None) => {}
+        Err(error) => report.problem(error),
+    }
 }
 
 fn lost(path: &Path, file: SecretFile) -> String {
@@ -231,6 +241,9 @@ fn check_cluster(config: &Config, report: &mut Report) {
             report.fact("cluster", format_args!("{} of {}", shared.cluster, dir.display()));
             if config.own_tls_files().is_none() {
                 describe(&shared.certificates.identity(), dir, report);
+            }
+            if let Err(error) = at_rest::load_shared(dir) {
+                report.problem(error);
             }
             shared.opaque_fingerprint
         }

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     Config,
+    at_rest::AtRestError,
     certificate::CertificateError,
     cluster::PasswordFileError,
     jobs, maintenance, probe,
@@ -74,6 +75,8 @@ pub enum StartError {
     DataDir(#[from] DataDirError),
     #[error(transparent)]
     Secrets(#[from] SecretsError),
+    #[error(transparent)]
+    AtRest(#[from] AtRestError),
     #[error("the data directory {0}")]
     Store(#[from] OpenError),
     #[error(transparent)]
@@ -117,13 +120,15 @@ pub async fn compose_with(
     draining: CancellationToken,
 ) -> Result<Running, StartError> {
     let metrics = metrics::install(env!("CARGO_PKG_VERSION"));
-    let Opened { store, secrets, certificates, certificate_created, edge: cluster_edge } =
-        Store::open(config).await?;
+    let opened = Store::open(config).await?;
+    let Opened { store, secrets, at_rest, certificates, certificate_created, edge: cluster_edge } =
+        opened;
     let rpc = Rpc::new(Parts {
         stores: store.stores(),
         clock: store.clock(),
         opaque: secrets.opaque,
         signer: secrets.signer,
+        at_rest,
         config: config.rpc(),
         draining: draining.clone(),
     });

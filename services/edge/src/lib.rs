@@ -4,6 +4,7 @@
 //! [`Running::shutdown`]. Tests call [`compose()`] in their own process.
 
 pub mod args;
+mod at_rest;
 pub mod banner;
 mod budgets;
 mod certificate;
@@ -29,4 +30,5 @@ pub use config::{Config, FOREIGN_VARIABLES};
 pub use listen::Listen;
 pub use qpq_domain::UsernameScripts;
 pub use qpq_rpc::RegistrationMode;
+pub use rotation::{AtRestKeysAdded, RotateError, add_at_rest_keys, rotate, rotate_at_rest_keys};
 pub use rotation::{RotateError, rotate};

@@ -15,11 +15,15 @@ use async_trait::async_trait;
 use qpq_domain::UnixMillis;
 use qpq_jobs::{Completion, Failure, Policy, Work};
 use qpq_ports::{Job, JobKind, NewJob};
+use qpq_rpc::AtRestKeys;
 use qpq_runtime::data_dir::{
-    DataDirError, SecretFile,
-    cluster::{ClusterDir, ClusterDirError, TICKET_KEYS},
+    DataDir, DataDirError, SecretFile,
+    cluster::{AT_REST_KEYS, ClusterDir, ClusterDirError, TICKET_KEYS},
 };
 use qpq_transport::KeyRing;
+use rand::rngs::OsRng;
+
+use crate::at_rest::{self, AtRestError};
 
 /// Maximum time by which a rotation may be early, because the clock of the file system is not
 /// exactly the clock of the jobs.
@@ -35,6 +39,8 @@ pub enum RotateError {
          `qpq-admin init` created: copy this file from another edge or a backup"
     )]
     Damaged { path: PathBuf },
+    #[error(transparent)]
+    AtRest(#[from] AtRestError),
     #[error("{source}")]
     Write { source: DataDirError },
     #[error("{path} cannot be read: {source}")]
@@ -55,6 +61,47 @@ pub fn rotate(dir: &Path, file: SecretFile) -> Result<PathBuf, RotateError> {
     dir.replace(file, &ring.rotated().to_bytes())
         .map_err(|source| RotateError::Write { source })?;
     Ok(path)
+}
+
+/// Appends a key to the keys at rest in the directory: the next key seals from now on, and all keys
+/// stay. Returns the path of the file.
+///
+/// Servers read the file at their start. Two rotations must be separated by a restart of all edges.
+pub fn rotate_at_rest_keys(dir: &Path) -> Result<PathBuf, RotateError> {
+    if !dir.is_dir() {
+        return Err(ClusterDirError::NoDirectory { path: dir.to_owned() }.into());
+    }
+    let data = DataDir::create(dir).map_err(|source| RotateError::Write { source })?;
+    let path = dir.join(AT_REST_KEYS);
+    let file = data.read_any(AT_REST_KEYS).map_err(AtRestError::from)?;
+    let file = file
+        .ok_or_else(|| AtRestError::MissingInCluster { path: path.clone(), dir: dir.to_owned() })?;
+    let rotated = AtRestKeys::rotated(&file, &mut OsRng)
+        .map_err(|source| AtRestError::Damaged { path: path.clone(), source })?;
+    data.replace(AT_REST_KEYS, &rotated).map_err(|source| RotateError::Write { source })?;
+    Ok(path)
+}
+
+/// The outcome of [`add_at_rest_keys`], with the path of the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AtRestKeysAdded {
+    /// The file was created.
+    Created(PathBuf),
+    /// The file exists and is unchanged.
+    Exists(PathBuf),
+}
+
+/// Creates the keys at rest in a shared directory of a release without them.
+pub fn add_at_rest_keys(dir: &Path) -> Result<AtRestKeysAdded, RotateError> {
+    let dir = ClusterDir::open(dir)?;
+    let path = dir.file(AT_REST_KEYS);
+    if let Some(file) = dir.read_any(AT_REST_KEYS)? {
+        at_rest::parse(path.clone(), &file)?;
+        return Ok(AtRestKeysAdded::Exists(path));
+    }
+    dir.add(AT_REST_KEYS, &AtRestKeys::generate(&mut OsRng))
+        .map_err(|source| RotateError::Write { source })?;
+    Ok(AtRestKeysAdded::Created(path))
 }
 
 /// Rotates the keys of TLS session tickets, on one edge at a time.

@@ -150,6 +150,7 @@ fn one(
 pub(crate) mod tests {
     use std::fs;
 
+    use qpq_rpc::AtRestKeys;
     use qpq_transport::SelfSigned;
 
     use super::*;
@@ -160,6 +161,7 @@ pub(crate) mod tests {
         let put = |name: &str, contents: &[u8]| fs::write(dir.path().join(name), contents).unwrap();
         put(OPAQUE_SETUP.name, &OpaqueServer::generate(&mut OsRng).serialize());
         put(DELIVERY_KEY.name, &DeliverySigner::generate(&mut OsRng).secret()[..]);
+        put(cluster::AT_REST_KEYS, &AtRestKeys::generate(&mut OsRng));
         put(cluster::TICKET_KEYS.name, &KeyRing::generate().to_bytes());
         put(cluster::TOKEN_KEY.name, &KeyRing::generate().to_bytes());
         put(cluster::RESET_KEY.name, &b"a key of exactly 32 bytes' length"[..32]);
@@ -197,6 +199,8 @@ pub(crate) mod tests {
     #[test]
     fn the_error_names_a_missing_file_and_no_file_is_created() {
         let dir = shared_dir();
+        // The tests of `at_rest` remove and damage that file.
+        fs::remove_file(dir.path().join(cluster::AT_REST_KEYS)).unwrap();
         let paths: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
         assert_eq!(paths.len(), 8);
@@ -218,6 +222,7 @@ pub(crate) mod tests {
     #[test]
     fn the_error_names_a_damaged_file_and_qpq_admin_init() {
         let dir = shared_dir();
+        fs::remove_file(dir.path().join(cluster::AT_REST_KEYS)).unwrap();
         for entry in fs::read_dir(dir.path()).unwrap() {
             let path = entry.unwrap().path();
             let good = fs::read(&path).unwrap();

@@ -3,13 +3,14 @@
 use std::{path::PathBuf, sync::Arc};
 
 use qpq_ports::{Clock, Stores, SystemClock};
+use qpq_rpc::AtRestKeys;
 use qpq_runtime::data_dir::DataDir;
 use qpq_store_cluster::ClusterStore;
 use qpq_store_embedded::{EmbeddedStore, OpenError, RESTORING_FILE};
 use qpq_transport::{Certificates, ClusterEdge};
 
 use crate::{
-    Config, StartError,
+    Config, StartError, at_rest,
     certificate::{self, CertificateError},
     secrets::{self, Secrets},
 };
@@ -25,6 +26,7 @@ pub(crate) enum Store {
 pub(crate) struct Opened {
     pub(crate) store: Store,
     pub(crate) secrets: Secrets,
+    pub(crate) at_rest: AtRestKeys,
     pub(crate) certificates: Arc<Certificates>,
     /// The path of a certificate that was created although the configuration names a file.
     pub(crate) certificate_created: Option<PathBuf>,
@@ -50,10 +52,16 @@ impl Store {
         }
         let secrets = secrets::load_or_create(&dir)?;
         let store = EmbeddedStore::open(dir.path(), config.store_limits()).await?;
-        match certificate::open(config) {
-            Ok(opened) => Ok(Opened {
+        let opened = async {
+            let bundles = store.stores().recovery_bundles;
+            let at_rest = at_rest::load_or_create(&dir, &*bundles).await?;
+            Ok((at_rest, certificate::open(config)?))
+        };
+        match opened.await {
+            Ok((at_rest, opened)) => Ok(Opened {
                 store: Self::Embedded(Box::new(store)),
                 secrets,
+                at_rest,
                 certificates: opened.certificates,
                 certificate_created: opened.created_at,
                 edge: None,
@@ -61,25 +69,36 @@ impl Store {
             Err(error) => {
                 // The next attempt, maybe in this process, needs the lock of the directory.
                 store.close().await;
-                Err(error.into())
+                Err(error)
             }
         }
     }
 
     async fn cluster(config: &Config) -> Result<Opened, StartError> {
         let sections = config.cluster_sections();
-        let shared = secrets::load_shared(sections.secrets_dir().expect("it is a cluster"))?;
+        let dir = sections.secrets_dir().expect("it is a cluster");
+        let shared = secrets::load_shared(dir)?;
+        let at_rest = at_rest::load_shared(dir)?;
         let certificates = match config.own_tls_files() {
             Some((cert, key)) => Certificates::load(&cert, &key).map_err(CertificateError::from)?,
             None => shared.certificates,
         };
         let store = sections.store(shared.opaque_fingerprint, config.store_limits())?;
         let store = ClusterStore::connect(&store).await?;
+        let bundles = store.stores().recovery_bundles;
+        let at_rest = match at_rest::check_shared(at_rest, dir, &*bundles).await {
+            Ok(at_rest) => at_rest,
+            Err(error) => {
+                store.close().await;
+                return Err(error.into());
+            }
+        };
         tracing::info!(cluster = %shared.cluster, "edge joined its cluster");
         let edge = ClusterEdge { keys: shared.keys, name: config.cluster.edge.clone() };
         Ok(Opened {
             store: Self::Cluster(store),
             secrets: shared.secrets,
+            at_rest,
             certificates,
             certificate_created: None,
             edge: Some(edge),

@@ -51,6 +51,7 @@ impl Messenger {
         Box::pin(self.settle_groups()).await?;
         unless_final("repair", Box::pin(self.repair()).await)?;
         unless_final("outbox", Box::pin(self.flush()).await)?;
+        unless_final("recovery bundle", Box::pin(self.update_recovery()).await)?;
         self.unseen().await
     }
 

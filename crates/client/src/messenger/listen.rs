@@ -212,6 +212,7 @@ impl InboxReader {
         self.messenger.settle_keys(keys).await?;
         self.messenger.settle_groups().await?;
         unless_final("repair", self.messenger.repair().await)?;
+        unless_final("recovery bundle", Box::pin(self.messenger.update_recovery()).await)?;
         Ok(true)
     }
 

@@ -3,11 +3,12 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | `open` | register, unlock, log out |
+//! | `open` | register, unlock, log out; `password`: change the password |
 //! | `changes` | changes of groups that wait for the server |
 //! | `groups` | creating, inviting, removing, renaming, admins, joining again |
 //! | `devices` | this account's devices, and those of people in our conversations |
 //! | `link` | a new device becomes one of the account's |
+//! | `recovery` | the recovery bundle, and devices that are restored from it |
 //! | `rotation` | renewal of keys that a member has asked for |
 //! | `directory` | names to keys and back; our own KeyPackages |
 //! | `send` | messages: encrypt, save, then send |
@@ -45,10 +46,12 @@ mod note;
 mod open;
 mod outbox;
 mod page;
+mod password;
 mod people;
 mod prune;
 mod reconcile;
 mod records;
+mod recovery;
 mod repair;
 mod requests;
 mod rotation;
@@ -79,7 +82,9 @@ pub use self::{
     log::{ConversationId, DeliveryState, Entry, EntryId, Event},
     moderation::GroupBan,
     open::NewAccount,
+    password::PasswordChanged,
     people::{Person, Standing},
+    recovery::{InvalidRecoveryCode, RecoveryCheck, RecoveryCode, RecoveryStatus},
     requests::{ContactRequest, MAX_STRANGERS, Requests},
     send::{MAX_TEXT, SendOutcome, Sent},
 };

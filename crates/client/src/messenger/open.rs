@@ -90,9 +90,20 @@ impl Messenger {
     /// # Errors
     /// [`AuthError::WrongPassword`], [`ProfileError`], and the errors of calls to the server.
     pub async fn unlock(dir: &Path, password: &Password) -> Result<Self, Error> {
+        Self::unlock_or_reseal(dir, password, None).await
+    }
+
+    /// Opens the profile as [`Messenger::unlock`] does. If the password was changed on another
+    /// device, `kept`, the key of an earlier [`Messenger::vault_key`], opens the state, which is
+    /// then sealed for the new password.
+    pub async fn unlock_or_reseal(
+        dir: &Path,
+        password: &Password,
+        kept: Option<VaultKey>,
+    ) -> Result<Self, Error> {
         let profile = registered(dir)?;
         let in_use = profile::enter(dir).await?;
-        log_in(in_use, profile, password).await
+        log_in(in_use, profile, password, kept).await
     }
 
     /// Opens a profile as [`Messenger::unlock`] does, for a server with a new address or
@@ -111,7 +122,7 @@ impl Messenger {
             moved.trust = Trust::Pinned(client.connect().await?);
             client.close().await;
         }
-        let messenger = log_in(in_use, moved, password).await?;
+        let messenger = log_in(in_use, moved, password, None).await?;
         messenger.profile().write(dir)?;
         Ok(messenger)
     }
@@ -250,7 +261,7 @@ fn may_exist(refusal: &AuthError) -> bool {
 }
 
 /// Returns the profile in `dir`, if its registration is complete.
-fn registered(dir: &Path) -> Result<Profile, ProfileError> {
+pub(super) fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     match Profile::read(dir)? {
         Profile { status: ProfileStatus::Registering, .. } => {
             Err(ProfileError::Unfinished(dir.to_owned()))
@@ -259,14 +270,31 @@ fn registered(dir: &Path) -> Result<Profile, ProfileError> {
     }
 }
 
-/// Opens a profile by logging in.
-async fn log_in(in_use: InUse, profile: Profile, password: &Password) -> Result<Messenger, Error> {
+/// Opens a profile by logging in. If the state is sealed for another password, `kept` opens it.
+async fn log_in(
+    in_use: InUse,
+    profile: Profile,
+    password: &Password,
+    kept: Option<VaultKey>,
+) -> Result<Messenger, Error> {
+    let dir = in_use.dir.clone();
     let client = Client::new(profile.options()).map_err(CallError::from)?;
     client.set_device(profile.device);
     let session = client.login(&profile.username, password).await?;
-    let key = existing_key(&in_use.dir, &session.password, &session.export_key).await?;
-    let store = StateStore::open(in_use, key).await?;
+    let key = existing_key(&dir, &session.password, &session.export_key).await?;
+    let store = match (StateStore::open(in_use, key.clone()).await, kept) {
+        (Err(ProfileError::WrongKey), Some(kept)) => {
+            let store = StateStore::open(profile::enter(&dir).await?, kept).await?;
+            store.replace_key(key).await?;
+            store
+        }
+        (opened, _) => opened?,
+    };
+    // The server has this password, so an interrupted change to another one did not reach it.
+    store.forget_next_key().await?;
     let before = adopt(&store, &session).await?;
+    let export_key = session.export_key;
+    store.change(move |state| Ok(state.note_export_key(&export_key)?)).await?;
     if profile.device.is_none() {
         devices::bind_session(&client, &store).await?;
     }
@@ -276,7 +304,10 @@ async fn log_in(in_use: InUse, profile: Profile, password: &Password) -> Result<
 }
 
 /// Saves a new session; returns the one used before.
-async fn adopt(store: &StateStore, session: &Session) -> Result<Option<SessionToken>, Error> {
+pub(super) async fn adopt(
+    store: &StateStore,
+    session: &Session,
+) -> Result<Option<SessionToken>, Error> {
     let token = session.token.clone();
     store
         .change(move |state| {
@@ -314,7 +345,8 @@ pub(super) async fn assemble(
     Ok(messenger)
 }
 
-async fn existing_key(
+/// Derives the key of the state in `dir`, with the salt that the state has.
+pub(super) async fn existing_key(
     dir: &Path,
     password: &Password,
     export_key: &ExportKey,

@@ -111,6 +111,36 @@ impl StateStore {
         self.open.lock().await.in_use.share()
     }
 
+    /// Lets another key open the state too, until [`StateStore::replace_key`] or
+    /// [`StateStore::forget_next_key`]. A later open with that key makes it the only one.
+    pub(crate) async fn prepare_key(&self, next: VaultKey) -> Result<(), ProfileError> {
+        self.rekey(move |open| open.database.prepare_key(&open.key, &next)).await
+    }
+
+    /// Makes another key the only one that opens the state.
+    pub(crate) async fn replace_key(&self, next: VaultKey) -> Result<(), ProfileError> {
+        self.rekey(move |open| {
+            open.database.replace_key(&open.key, &next)?;
+            open.key = next;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Removes the key of [`StateStore::prepare_key`].
+    pub(crate) async fn forget_next_key(&self) -> Result<(), ProfileError> {
+        self.rekey(|open| open.database.forget_next_key()).await
+    }
+
+    async fn rekey(
+        &self,
+        change: impl FnOnce(&mut Open) -> Result<(), DatabaseError> + Send + 'static,
+    ) -> Result<(), ProfileError> {
+        let mut open: OwnedMutexGuard<Open> = Arc::clone(&self.open).lock_owned().await;
+        let changed = blocking(move || change(&mut open)).await;
+        changed.map_err(|error| explain(&self.dir, error))
+    }
+
     pub(crate) async fn key(&self) -> VaultKey {
         self.open.lock().await.key.clone()
     }

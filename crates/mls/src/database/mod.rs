@@ -7,8 +7,9 @@
 //!
 //! Each value is sealed with XChaCha20-Poly1305 under a random data key, with its table and its
 //! place as associated data, so a row moved to another place does not open. The data key is sealed
-//! by the [`VaultKey`]. Only the numbers of rows and items, their sizes, and which of them share a
-//! lane are not encrypted.
+//! by the [`VaultKey`], and during a change of the password by the next one too
+//! ([`Database::prepare_key`]). Only the numbers of rows and items, their sizes, and which of them
+//! share a lane are not encrypted.
 //!
 //! The journal is a write-ahead log, and a commit returns once it is on the disk (`synchronous =
 //! FULL`). Freed pages are overwritten (`secure_delete`), since deleted MLS keys must not return.
@@ -178,17 +179,57 @@ impl Database {
     /// Opens the existing database at `path`.
     pub fn open(path: &Path, key: &VaultKey) -> Result<Self, DatabaseError> {
         let connection = connect(path)?;
-        let data_key = match vault::open(key, &sealed_data_key(&connection)?) {
-            Ok(data_key) => data_key,
-            Err(VaultError::WrongKeyOrDamaged) => return Err(DatabaseError::WrongKey),
-            Err(error) => return Err(DatabaseError::Damaged(error.to_string())),
-        };
+        let (data_key, opened_by) = find_data_key(&connection, key)?;
         let data_key: [u8; 32] = data_key[..]
             .try_into()
             .map_err(|_| DatabaseError::Damaged("the data key has another length".into()))?;
         configure(&connection)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
-        Ok(Self::new(connection, Secrets::new(&data_key)))
+        let database = Self::new(connection, Secrets::new(&data_key));
+        if opened_by == OpenedBy::NextKey {
+            database.replace_key(key, key)?;
+        }
+        Ok(database)
+    }
+
+    /// Lets `next` open the database too, in addition to `key`, which has opened it. Replaces an
+    /// earlier next key.
+    ///
+    /// The first [`Database::open`] with the next key, or [`Database::replace_key`], makes it the
+    /// only one. Both keys have the same salt.
+    pub fn prepare_key(&self, key: &VaultKey, next: &VaultKey) -> Result<(), DatabaseError> {
+        self.write(|| {
+            let connection = self.inner.connection.lock();
+            let (data_key, _) = find_data_key(&connection, key)?;
+            connection.execute(
+                "INSERT OR REPLACE INTO header VALUES ('data-key-next', ?1)",
+                [vault::seal(next, &data_key)],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Makes `next` the only key of the database, which `key` has opened.
+    pub fn replace_key(&self, key: &VaultKey, next: &VaultKey) -> Result<(), DatabaseError> {
+        self.write(|| {
+            let connection = self.inner.connection.lock();
+            let (data_key, _) = find_data_key(&connection, key)?;
+            connection.execute(
+                "UPDATE header SET value = ?1 WHERE name = 'data-key'",
+                [vault::seal(next, &data_key)],
+            )?;
+            connection.execute("DELETE FROM header WHERE name = 'data-key-next'", [])?;
+            Ok::<_, DatabaseError>(())
+        })?;
+        // The log still has the data key under the former key. Another process may prevent this.
+        self.checkpoint()
+    }
+
+    /// Removes the next key, if there is one.
+    pub fn forget_next_key(&self) -> Result<(), DatabaseError> {
+        let connection = self.inner.connection.lock();
+        connection.execute("DELETE FROM header WHERE name = 'data-key-next'", [])?;
+        Ok(())
     }
 
     /// Returns the salt with which the key of the database at `path` was derived.
@@ -311,11 +352,42 @@ fn configure(connection: &Connection) -> Result<(), DatabaseError> {
     Ok(())
 }
 
+/// The key that has opened the data key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OpenedBy {
+    Key,
+    NextKey,
+}
+
+/// Opens the data key, which is sealed by the key and possibly by the next one.
+fn find_data_key(
+    connection: &Connection,
+    key: &VaultKey,
+) -> Result<(Value, OpenedBy), DatabaseError> {
+    match open_data_key(key, &sealed_data_key(connection)?) {
+        Err(DatabaseError::WrongKey) => match header(connection, "data-key-next")? {
+            Some(sealed) => Ok((open_data_key(key, &sealed)?, OpenedBy::NextKey)),
+            None => Err(DatabaseError::WrongKey),
+        },
+        opened => Ok((opened?, OpenedBy::Key)),
+    }
+}
+
+fn open_data_key(key: &VaultKey, sealed: &[u8]) -> Result<Value, DatabaseError> {
+    vault::open(key, sealed).map_err(|error| match error {
+        VaultError::WrongKeyOrDamaged => DatabaseError::WrongKey,
+        error => DatabaseError::Damaged(error.to_string()),
+    })
+}
+
 fn sealed_data_key(connection: &Connection) -> Result<Vec<u8>, DatabaseError> {
-    connection
-        .query_row("SELECT value FROM header WHERE name = 'data-key'", [], |row| row.get(0))
-        .optional()?
+    header(connection, "data-key")?
         .ok_or_else(|| DatabaseError::Damaged("it has no data key".into()))
+}
+
+fn header(connection: &Connection, name: &str) -> Result<Option<Vec<u8>>, DatabaseError> {
+    let sql = "SELECT value FROM header WHERE name = ?1";
+    Ok(connection.query_row(sql, [name], |row| row.get(0)).optional()?)
 }
 
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {

@@ -138,3 +138,27 @@ fn digests_are_forgotten_by_their_day() {
     assert!(!database.knows_digest(&[1; 32]).unwrap());
     assert!(database.knows_digest(&[2; 32]).unwrap());
 }
+
+#[test]
+fn a_next_key_opens_the_database_and_is_the_only_one_from_then_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state.db");
+    let fill = |database: &Database| database.put(ROWS, b"one", None, b"first");
+    let first = |database: &Database| database.get(ROWS, b"one").unwrap().unwrap().to_vec();
+    let database = Database::create(&path, &key(1), fill).unwrap();
+    database.prepare_key(&key(1), &key(2)).unwrap();
+    database.prepare_key(&key(1), &key(3)).unwrap();
+    drop(database);
+    assert_eq!(first(&Database::open(&path, &key(1)).unwrap()), b"first");
+    assert_eq!(Database::open(&path, &key(2)).unwrap_err(), DatabaseError::WrongKey);
+    assert_eq!(first(&Database::open(&path, &key(3)).unwrap()), b"first");
+    assert_eq!(Database::open(&path, &key(1)).unwrap_err(), DatabaseError::WrongKey);
+    let database = Database::open(&path, &key(3)).unwrap();
+    database.prepare_key(&key(3), &key(4)).unwrap();
+    database.forget_next_key().unwrap();
+    assert_eq!(Database::open(&path, &key(4)).unwrap_err(), DatabaseError::WrongKey);
+    database.replace_key(&key(3), &key(5)).unwrap();
+    drop(database);
+    assert_eq!(Database::open(&path, &key(3)).unwrap_err(), DatabaseError::WrongKey);
+    assert_eq!(first(&Database::open(&path, &key(5)).unwrap()), b"first");
+}

@@ -35,6 +35,7 @@ pub mod limits;
 pub mod maintenance;
 pub mod readers;
 pub mod reading;
+pub mod recovery;
 pub mod reports;
 pub mod sender_share;
 pub mod sessions;
@@ -88,6 +89,10 @@ macro_rules! conformance {
                 a_lookalike_of_a_taken_username_is_taken,
                 of_concurrent_lookalikes_one_wins,
                 accounts_survive_a_crash,
+                a_change_of_the_password_replaces_the_record_and_ends_the_other_sessions,
+                an_ended_session_and_another_accounts_session_change_no_password,
+                of_concurrent_changes_of_a_password_one_wins,
+                a_session_created_during_a_change_ends_or_its_login_sees_the_new_record,
             ]
         );
         $crate::conformance_area!(
@@ -422,6 +427,20 @@ macro_rules! conformance {
                 a_sweep_removes_what_has_expired_and_nothing_else,
                 a_sweep_changes_no_answer,
                 an_inbox_full_of_expired_messages_accepts_new_ones,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            recovery,
+            [
+                a_bundle_is_returned_as_it_was_stored_and_its_version_rises,
+                a_bundle_is_stored_only_over_the_version_that_it_replaces,
+                of_concurrent_bundles_for_one_version_one_wins,
+                a_removed_bundle_is_absent_and_its_version_rises,
+                fetches_are_limited_for_a_day_also_after_a_crash_and_a_new_bundle,
+                concurrent_fetches_exceed_no_limit,
+                a_count_that_begins_far_in_the_future_is_discarded,
+                the_keys_of_bundles_are_listed_once_in_order,
             ]
         );
         $crate::conformance_area!(

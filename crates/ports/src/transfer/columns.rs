@@ -160,6 +160,15 @@ pub(super) const ERASURE: &[Column] =
     &[bytes("id"), number("account"), bytes("identity"), number("deleted_at")];
 
 pub(super) const TOMBSTONE: &[Column] = &[bytes("hash"), number("until")];
+pub(super) const RECOVERY_BUNDLE: &[Column] = &[
+    number("account"),
+    number("version"),
+    bytes("bundle"),
+    bytes("key_id"),
+    number("stored_at"),
+    number("counted_from"),
+    number("fetches"),
+];
 
 const fn number(name: &'static str) -> Column {
     Column { name, kind: ColumnType::Number }

@@ -16,7 +16,9 @@ use rand::rngs::OsRng;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::{Config, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, auth::Principal};
+use crate::{
+    AtRestKeys, Config, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, auth::Principal,
+};
 
 fn size<'a, F: Future>(_: impl Fn(Cx<'a>, Bytes) -> F) -> usize {
     size_of::<F>()
@@ -183,6 +185,7 @@ impl TestServer {
             clock: Arc::new(Stopped),
             opaque: OpaqueServer::generate(&mut OsRng),
             signer: DeliverySigner::generate(&mut OsRng),
+            at_rest: AtRestKeys::parse(&AtRestKeys::generate(&mut OsRng)).expect("valid keys"),
             config,
             draining: CancellationToken::new(),
         });

@@ -11,4 +11,5 @@ mod group;
 mod health;
 mod keys;
 mod moderation;
+mod recovery;
 mod user;

@@ -9,8 +9,8 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, UnixMillis, Username, UsernameScripts};
 use qpq_ports::{
-    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, Registration,
-    StoreResult,
+    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, PasswordChange,
+    PasswordChanged, Registration, StoreResult,
 };
 use qpq_proto::{
     Status,
@@ -83,6 +83,11 @@ impl Accounts for Recorded {
     async fn credentials(&self, username: &Username) -> StoreResult<Option<Credentials>> {
         self.calls.lock().push("credentials");
         self.inner.credentials(username).await
+    }
+
+    async fn change_password(&self, change: PasswordChange) -> StoreResult<PasswordChanged> {
+        self.calls.lock().push("change_password");
+        self.inner.change_password(change).await
     }
 
     async fn by_username(&self, username: &Username) -> StoreResult<Option<Account>> {

@@ -29,8 +29,8 @@ use qpq_proto::{
     },
 };
 use qpq_rpc::{
-    Answer, ClientConnection, Config, DeliverySigner, Events, OpaqueServer, Parts, RateLimits, Rpc,
-    opaque::QpqSuite,
+    Answer, AtRestKeys, ClientConnection, Config, DeliverySigner, Events, OpaqueServer, Parts,
+    RateLimits, Rpc, opaque::QpqSuite,
 };
 use qpq_store_embedded::EmbeddedStore;
 use rand::rngs::OsRng;
@@ -75,6 +75,7 @@ pub(crate) struct Server {
     pub(crate) clock: Arc<TestClock>,
     pub(crate) store: EmbeddedStore,
     opaque_setup: Vec<u8>,
+    pub(crate) at_rest_keys: Vec<u8>,
     dir: TempDir,
 }
 
@@ -110,15 +111,17 @@ impl Server {
         let clock = Arc::new(TestClock(AtomicU64::new(START.0)));
         let opaque = OpaqueServer::generate(&mut OsRng);
         let opaque_setup = opaque.serialize().to_vec();
+        let at_rest_keys = AtRestKeys::generate(&mut OsRng).to_vec();
         let rpc = Rpc::new(Parts {
             stores: wrap(store.stores()),
             clock: Arc::clone(&clock) as Arc<dyn Clock>,
             opaque,
             signer: DeliverySigner::generate(&mut OsRng),
+            at_rest: AtRestKeys::parse(&at_rest_keys).expect("valid keys"),
             config,
             draining: CancellationToken::new(),
         });
-        Self { rpc, clock, store, opaque_setup, dir }
+        Self { rpc, clock, store, opaque_setup, at_rest_keys, dir }
     }
 
     /// Connects to another server on the same store with another configuration.
@@ -128,6 +131,7 @@ impl Server {
             clock: Arc::clone(&self.clock) as Arc<dyn Clock>,
             opaque: OpaqueServer::parse(&self.opaque_setup).expect("the same setup"),
             signer: DeliverySigner::generate(&mut OsRng),
+            at_rest: AtRestKeys::parse(&self.at_rest_keys).expect("valid keys"),
             config,
             draining: CancellationToken::new(),
         });

@@ -14,6 +14,8 @@ mod keys;
 mod limits;
 mod moderation;
 mod observe;
+mod password;
+mod recovery;
 mod registration;
 mod rpc;
 mod sessions;

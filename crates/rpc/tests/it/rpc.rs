@@ -9,8 +9,8 @@ use proptest::{collection::vec, prelude::*, sample::select, test_runner::TestRun
 use prost::Message as _;
 use qpq_domain::{IdentityKey, UnixMillis, Username};
 use qpq_ports::{
-    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, Registration,
-    StoreError, StoreResult,
+    Account, Accounts, Credentials, Deletion, Erasing, ErasureId, NewAccount, PasswordChange,
+    PasswordChanged, Registration, StoreError, StoreResult,
 };
 use qpq_proto::{METHODS, Status, v1::OpaqueLoginStartRequest};
 use qpq_rpc::{Answer, Code};
@@ -196,6 +196,10 @@ impl Accounts for FailingAccounts {
                 opaque_record: vec![0; 192],
             }));
         }
+        self.answer().await
+    }
+
+    async fn change_password(&self, _: PasswordChange) -> StoreResult<PasswordChanged> {
         self.answer().await
     }
 

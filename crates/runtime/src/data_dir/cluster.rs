@@ -8,6 +8,7 @@
 //! | `delivery-key.bin` | signs delivery proofs | never: proofs are checked against it |
 //! | `ticket-keys` | TLS session tickets: previous, current and next key | `qpq-admin rotate-ticket-keys` every 6 hours, or a job of the edges; edges reload it |
 //! | `token-key` | Retry tokens: previous, current and next key | `qpq-admin rotate-token-key`; edges reload it |
+//! | `at-rest-keys` | seals stored data of accounts, as recovery bundles: old keys, the current and the next one | `qpq-admin rotate-at-rest-keys`, then by restarting the edges one after the other |
 //! | `reset-key` | stateless resets | by replacing the file and restarting the edges one after the other |
 //! | `server-cert.der`, `server-key.der` | the certificate and its key, in DER or PEM | by replacing both; edges reload them |
 //! | `cluster-id` | 32 hexadecimal digits, not secret | never |
@@ -57,6 +58,14 @@ pub const RESET_KEY: SecretFile = SecretFile {
 /// All secrets of fixed length.
 pub const SECRETS: [SecretFile; 5] =
     [OPAQUE_SETUP, DELIVERY_KEY, TICKET_KEYS, TOKEN_KEY, RESET_KEY];
+
+/// The file with the keys that seal stored data of accounts. Each rotation makes it longer. A
+/// directory of a release before this file existed may lack it ([`ClusterDir::open`] does not
+/// require it).
+pub const AT_REST_KEYS: &str = "at-rest-keys";
+/// The damage if the keys at rest are lost, as a sentence for people.
+pub const AT_REST_KEYS_IF_LOST: &str =
+    "Without it the recovery bundles that were stored so far can no longer be read.";
 
 /// The certificate chain, in DER or PEM.
 pub const CERTIFICATE: &str = "server-cert.der";
@@ -138,17 +147,27 @@ impl ClusterDir {
     pub fn secret(&self, file: SecretFile) -> Result<Zeroizing<Vec<u8>>, ClusterDirError> {
         // Access by the group is allowed: Kubernetes makes the files of a Secret readable for a
         // group of the server's user.
-        match self.0.read(file, OTHERS) {
-            Ok(Some(secret)) => Ok(secret),
-            Ok(None) => Err(ClusterDirError::Missing { path: self.file(file.name) }),
-            Err(DataDirError::Damaged { path, found, expected, if_lost }) => {
-                Err(ClusterDirError::Damaged { path, found, expected, if_lost })
+        let missing = || ClusterDirError::Missing { path: self.file(file.name) };
+        self.0
+            .read(file, OTHERS)
+            .map_err(|error| self.failed(file.name, error))?
+            .ok_or_else(missing)
+    }
+
+    /// Returns the contents of the file `name`, which may have any length, if the file exists.
+    pub fn read_any(&self, name: &str) -> Result<Option<Zeroizing<Vec<u8>>>, ClusterDirError> {
+        self.0.read_with_mode(name, OTHERS).map_err(|error| self.failed(name, error))
+    }
+
+    fn failed(&self, name: &str, error: DataDirError) -> ClusterDirError {
+        match error {
+            DataDirError::Damaged { path, found, expected, if_lost } => {
+                ClusterDirError::Damaged { path, found, expected, if_lost }
             }
-            Err(DataDirError::Read { path, source }) => Err(ClusterDirError::Read { path, source }),
-            Err(other) => Err(ClusterDirError::Read {
-                path: self.file(file.name),
-                source: io::Error::other(other),
-            }),
+            DataDirError::Read { path, source } => ClusterDirError::Read { path, source },
+            other => {
+                ClusterDirError::Read { path: self.file(name), source: io::Error::other(other) }
+            }
         }
     }
 
@@ -163,6 +182,16 @@ impl ClusterDir {
     /// Replaces the secret in `file` atomically, with mode 0600.
     pub fn replace(&self, file: SecretFile, secret: &[u8]) -> Result<(), DataDirError> {
         self.0.replace(file.name, secret)
+    }
+
+    /// Replaces the file `name` atomically, with mode 0600.
+    pub fn replace_any(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
+        self.0.replace(name, contents)
+    }
+
+    /// Writes the file `name` with mode 0600, unless it exists.
+    pub fn add(&self, name: &str, contents: &[u8]) -> Result<(), DataDirError> {
+        self.0.add(name, contents)
     }
 }
 

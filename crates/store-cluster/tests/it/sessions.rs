@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use qpq_domain::{StoreLimits, TokenHash};
-use qpq_ports::{AccountEvent, Session, Stores};
+use qpq_ports::{AccountEvent, PasswordChange, PasswordChanged, Session, Stores};
 use qpq_store_cluster::{Config, Timing};
 use qpq_test_services::resp::Reply;
 use tokio::time::timeout;
@@ -79,6 +79,31 @@ async fn a_revocation_at_one_edge_reaches_the_others() {
     is_over(&b, 2).await;
     is_over(&b, 3).await;
     assert_eq!(b.sessions.revoke_all(alice.account).await.expect("revoke"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_the_password_ends_the_other_sessions_at_every_edge_within_a_second() {
+    let (_servers, config) = cluster(LONG).await;
+    let (one, two) = (edge(&config).await, edge(&config).await);
+    let (a, b) = (one.stores(), two.stores());
+    let alice = person(&a, 1).await;
+    receive_each_other_s_messages(&a, &b, alice).await;
+    for n in 1..=3 {
+        open(&a, n, alice).await;
+        assert!(find(&b, n).await.is_some(), "B has a copy now");
+    }
+    let change =
+        PasswordChange { account: alice.account, session: token(1), opaque_record: vec![7; 192] };
+    let changed = a.accounts.change_password(change).await.expect("change");
+    assert_eq!(changed, PasswordChanged::Changed { ended_sessions: 2 });
+    let ended = async {
+        is_over(&b, 2).await;
+        is_over(&b, 3).await;
+    };
+    timeout(Duration::from_secs(1), ended).await.expect("within a second");
+    for stores in [&a, &b] {
+        assert!(find(stores, 1).await.is_some(), "the session that changed the password stays");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,7 +4,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOp
 
 use super::{enqueue, left_out, position, read, remove};
 use crate::{
-    absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys, reports,
+    absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys,
+    recovery, reports,
 };
 
 #[tokio::test]
@@ -27,7 +28,8 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(bans::STATEMENTS)
         .chain(blocks::STATEMENTS)
         .chain(reports::STATEMENTS)
-        .chain(audit::STATEMENTS);
+        .chain(audit::STATEMENTS)
+        .chain(recovery::STATEMENTS);
     for sql in statements {
         // SQLite plans with the value of such a parameter, and compiles the statement again for the
         // next value. The value of `LIMIT +?` is not used for the plan.

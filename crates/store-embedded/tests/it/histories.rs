@@ -35,6 +35,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => account_op(),
         3 => device_op(),
         1 => block_op(),
+        1 => bundle_op(),
         1 => Just(Op::Sweep),
     ]
 }
@@ -130,6 +131,8 @@ fn session_op() -> impl Strategy<Value = Op> {
         1 => (1..=4_u8, 0..=20_u8).prop_map(|(token, minutes)| Op::Touch { token, minutes }),
         1 => (1..=4_u8).prop_map(|token| Op::Revoke { token }),
         1 => account().prop_map(|owner| Op::RevokeAll { owner }),
+        2 => (account(), 1..=4_u8, 1..=2_u8)
+            .prop_map(|(owner, token, record)| Op::ChangePassword { owner, token, record }),
     ]
 }
 
@@ -153,6 +156,15 @@ fn block_op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => (account(), account()).prop_map(|(owner, blocked)| Op::Block { owner, blocked }),
         2 => (account(), account()).prop_map(|(owner, blocked)| Op::Unblock { owner, blocked }),
+    ]
+}
+
+fn bundle_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (account(), 0..=4_u64, 1..=3_u8)
+            .prop_map(|(owner, replaces, n)| Op::PutBundle { owner, replaces, n }),
+        3 => account().prop_map(|owner| Op::FetchBundle { owner }),
+        1 => account().prop_map(|owner| Op::RemoveBundle { owner }),
     ]
 }
 

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use qpq_domain::UnixMillis;
-use qpq_ports::CALLS_ENDED;
+use qpq_ports::{CALLS_ENDED, FETCH_DAY};
 
 use crate::ops::{
-    DELETED, GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op, Package,
-    channel, device_text, invite_text, limits, page_text, receipt_text, session_text,
+    DELETED, FETCHES, GROUP, GroupResult, GroupSend, MEMBERS, MINUTE, Message, OF_AN_ACCOUNT, Op,
+    Package, bundle_text, channel, device_text, invite_text, limits, page_text, receipt_text,
+    session_text,
 };
 
 /// The state of a store, where each number is an account, channel, id, package or session.
@@ -25,6 +26,7 @@ pub(crate) struct Model {
     device_keys: BTreeMap<u8, (u8, u8)>,
     group: Option<Group>,
     deletion: Option<Deletion>,
+    bundles: BTreeMap<u8, Bundle>,
 }
 
 /// The deletion of the account [`DELETED`].
@@ -34,6 +36,17 @@ struct Deletion {
     at: UnixMillis,
     /// The time of the next pass of the erasure; `None` once it is done.
     next_pass: Option<UnixMillis>,
+}
+
+/// The recovery bundle of an account.
+#[derive(Default)]
+struct Bundle {
+    version: u64,
+    /// The number of the bundle, and the instant at which it was stored.
+    stored: Option<(u8, UnixMillis)>,
+    /// The first of the counted fetches.
+    counted_from: UnixMillis,
+    fetches: u32,
 }
 
 struct Account {
@@ -286,12 +299,16 @@ impl Model {
             | Op::PutHybrid { owner, .. }
             | Op::CreateSession { owner, .. }
             | Op::RevokeAll { owner }
+            | Op::ChangePassword { owner, .. }
             | Op::RegisterDevice { owner, .. }
             | Op::RevokeDevice { owner, .. }
             | Op::ConfirmPosition { owner, .. }
             | Op::ListDevices { owner }
             | Op::Block { owner, .. }
             | Op::Unblock { owner, .. }
+            | Op::PutBundle { owner, .. }
+            | Op::FetchBundle { owner }
+            | Op::RemoveBundle { owner }
                 if !self.exists(*owner) =>
             {
                 "no account".to_owned()
@@ -328,6 +345,9 @@ impl Model {
             | Op::ListDevices { .. } => self.device(op, now),
             Op::Block { owner, blocked } => self.block(*owner, *blocked).to_owned(),
             Op::Unblock { owner, blocked } => self.unblock(*owner, *blocked).to_owned(),
+            Op::PutBundle { .. } | Op::FetchBundle { .. } | Op::RemoveBundle { .. } => {
+                self.bundle(op, now)
+            }
             _ => self.session(op, now),
         }
     }
@@ -480,6 +500,7 @@ impl Model {
         };
         let name = self.accounts.remove(place).name;
         self.inboxes.remove(&DELETED);
+        self.bundles.remove(&DELETED);
         self.packages.remove(&DELETED);
         self.hybrid.remove(&DELETED);
         self.sessions.retain(|_, (owner, ..)| *owner != DELETED);
@@ -785,6 +806,47 @@ impl Model {
         format!("{:?}", taken.collect::<Vec<_>>())
     }
 
+    fn bundle(&mut self, op: &Op, now: UnixMillis) -> String {
+        let (Op::PutBundle { owner, .. } | Op::FetchBundle { owner } | Op::RemoveBundle { owner }) =
+            op
+        else {
+            unreachable!("{op:?}")
+        };
+        let bundle = self.bundles.entry(*owner).or_default();
+        match op {
+            Op::PutBundle { replaces, n, .. } => {
+                let is_repeat = bundle.version == replaces + 1
+                    && bundle.stored.is_some_and(|(stored, _)| stored == *n);
+                if bundle.version == *replaces {
+                    bundle.version += 1;
+                    bundle.stored = Some((*n, now));
+                } else if !is_repeat {
+                    return "OtherVersion".to_owned();
+                }
+                "Stored".to_owned()
+            }
+            Op::FetchBundle { .. } => {
+                let Some((n, at)) = bundle.stored else {
+                    return format!("Absent({})", bundle.version);
+                };
+                if now >= bundle.counted_from.plus(FETCH_DAY) {
+                    (bundle.counted_from, bundle.fetches) = (now, 0);
+                }
+                if bundle.fetches == FETCHES {
+                    let wait = bundle.counted_from.plus(FETCH_DAY).since(now);
+                    return format!("Limited({wait:?})");
+                }
+                bundle.fetches += 1;
+                bundle_text(bundle.version, n, at)
+            }
+            _ => {
+                let removed = bundle.stored.take().is_some();
+                bundle.version += u64::from(removed);
+                format!("removed {removed}")
+            }
+        }
+    }
+
     fn session(&mut self, op: &Op, now: UnixMillis) -> String {
         let after = |minutes: u8| now.plus(MINUTE * minutes.into());
         match op {
@@ -814,6 +876,16 @@ impl Model {
                 let before = self.sessions.len();
                 self.sessions.retain(|_, (of, ..)| of != owner);
                 format!("revoked {}", before - self.sessions.len())
+            }
+            Op::ChangePassword { owner, token, record } => {
+                if self.sessions.get(token).is_none_or(|(of, ..)| of != owner) {
+                    return "session ended".to_owned();
+                }
+                let mut accounts = self.accounts.iter_mut();
+                accounts.find(|account| account.key == *owner).expect("there").record = *record;
+                let before = self.sessions.len();
+                self.sessions.retain(|n, (of, ..)| of != owner || n == token);
+                format!("changed, revoked {}", before - self.sessions.len())
             }
             other => unreachable!("{other:?}"),
         }

@@ -8,10 +8,11 @@ use qpq_domain::{
     KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Admission, Batch, CertifiedKey, Commit, Deletion, DevicePackage, Enqueued, GroupMessage,
-    GroupRecipients, GroupSent, HybridKey, Invite, Lease, NewAccount, NewDevice, NewGroup,
-    NewInvite, NewKeyPackage, NewMembers, NewMessage, NewSession, PackageOwner, Page, PageLimit,
-    ReadError, ReadQuery, Reader, Receipt, Registration, Session, Stores, Upload, UploadMode, View,
+    Ack, Admission, AtRestKeyId, Batch, BundleFetch, CertifiedKey, Commit, Deletion, DevicePackage,
+    Enqueued, GroupMessage, GroupRecipients, GroupSent, HybridKey, Invite, Lease, NewAccount,
+    NewBundle, NewDevice, NewGroup, NewInvite, NewKeyPackage, NewMembers, NewMessage, NewSession,
+    PackageOwner, Page, PageLimit, PasswordChange, PasswordChanged, ReadError, ReadQuery, Reader,
+    Receipt, Registration, Session, Stores, Upload, UploadMode, View,
     conformance::deletion::run_job,
 };
 use serde::{Deserialize, Serialize};
@@ -138,6 +139,11 @@ pub(crate) enum Op {
     RevokeAll {
         owner: u8,
     },
+    ChangePassword {
+        owner: u8,
+        token: u8,
+        record: u8,
+    },
     RegisterDevice {
         owner: u8,
         device: u8,
@@ -164,8 +170,22 @@ pub(crate) enum Op {
         owner: u8,
         blocked: u8,
     },
+    PutBundle {
+        owner: u8,
+        replaces: u64,
+        n: u8,
+    },
+    FetchBundle {
+        owner: u8,
+    },
+    RemoveBundle {
+        owner: u8,
+    },
     Sweep,
 }
+
+/// The number of fetches of a recovery bundle within a day.
+pub(crate) const FETCHES: u32 = 2;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Message {
@@ -345,6 +365,9 @@ impl Machine {
                     Some(account) => self.blocks(op, account, now).await,
                     None => "no account".to_owned(),
                 }
+            }
+            Op::PutBundle { .. } | Op::FetchBundle { .. } | Op::RemoveBundle { .. } => {
+                self.bundles(op, now).await
             }
             _ => self.sessions(op, now).await,
         }
@@ -652,6 +675,32 @@ impl Machine {
         }
     }
 
+    async fn bundles(&self, op: Op, now: UnixMillis) -> String {
+        let (Op::PutBundle { owner, .. } | Op::FetchBundle { owner } | Op::RemoveBundle { owner }) =
+            op
+        else {
+            unreachable!("{op:?}")
+        };
+        let Some(account) = self.account(owner).await else { return "no account".to_owned() };
+        let bundles = &self.stores.recovery_bundles;
+        match op {
+            Op::PutBundle { replaces, n, .. } => {
+                let (sealed, key) = (vec![n; 100], AtRestKeyId([n; 8]));
+                let bundle = NewBundle { account, replaces, sealed, key, now };
+                format!("{:?}", bundles.put(bundle).await.expect("put"))
+            }
+            Op::FetchBundle { .. } => {
+                match bundles.fetch(account, now, FETCHES).await.expect("fetch") {
+                    BundleFetch::Found(found) => {
+                        bundle_text(found.version, found.sealed[0], found.stored_at)
+                    }
+                    other => format!("{other:?}"),
+                }
+            }
+            _ => format!("removed {}", bundles.remove(account).await.expect("remove")),
+        }
+    }
+
     async fn sessions(&self, op: Op, now: UnixMillis) -> String {
         let sessions = &self.stores.sessions;
         let after = |minutes: u8| now.plus(MINUTE * minutes.into());
@@ -699,6 +748,19 @@ impl Machine {
                 };
                 format!("revoked {}", sessions.revoke_all(account).await.expect("revoke"))
             }
+            Op::ChangePassword { owner, token: n, record } => {
+                let Some(account) = self.account(owner).await else {
+                    return "no account".to_owned();
+                };
+                let change =
+                    PasswordChange { account, session: token(n), opaque_record: vec![record; 192] };
+                match self.stores.accounts.change_password(change).await.expect("change") {
+                    PasswordChanged::Changed { ended_sessions } => {
+                        format!("changed, revoked {ended_sessions}")
+                    }
+                    PasswordChanged::SessionEnded => "session ended".to_owned(),
+                }
+            }
             other => unreachable!("{other:?}"),
         }
     }
@@ -717,6 +779,10 @@ fn outcome_text(outcome: Enqueued) -> String {
 
 pub(crate) fn session_text(owner: u8, device: Option<u8>, instants: [UnixMillis; 3]) -> String {
     format!("session of {owner} {device:?} {:?}", instants.map(|at| at.0))
+}
+
+pub(crate) fn bundle_text(version: u64, n: u8, stored_at: UnixMillis) -> String {
+    format!("bundle {version} {n} {}", stored_at.0)
 }
 
 pub(crate) fn device_text(

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, path::Path, process::Stdio};
 use anyhow::{Context as _, bail, ensure};
 use qpq_ports::{Clock as _, OldSessions, SystemClock};
 use qpq_runtime::data_dir::cluster::{
-    CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, OPAQUE_SETUP, SECRETS,
+    AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, OPAQUE_SETUP, SECRETS,
 };
 use qpq_store_cluster::{BEGIN_HISTORY, Config, Operator, client_environment};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -51,6 +51,18 @@ pub(super) async fn back_up(
     let secrets = SECRETS.iter().map(|file| file.name);
     for name in secrets.chain([CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID]) {
         parts.push(target.copy(&shared.file(name), &format!("{SHARED}/{name}"))?);
+    }
+    // A cluster of a release without this file has nothing that needs it.
+    if shared.read_any(AT_REST_KEYS)?.is_some() {
+        let name = format!("{SHARED}/{AT_REST_KEYS}");
+        parts.push(target.copy(&shared.file(AT_REST_KEYS), &name)?);
+    } else {
+        ensure!(
+            rows.get("recovery_bundle").is_none_or(|rows| *rows == 0),
+            "{} is missing although there are recovery bundles, and a backup without it cannot be \
+             used: no backup was created. Copy the file from another edge or an earlier backup first",
+            shared.file(AT_REST_KEYS).display()
+        );
     }
     Ok(Manifest {
         format: FORMAT,

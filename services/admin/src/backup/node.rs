@@ -4,7 +4,9 @@ use std::path::Path;
 
 use anyhow::{Context as _, ensure};
 use qpq_ports::{Clock as _, SystemClock};
-use qpq_runtime::data_dir::cluster::{CERTIFICATE, CERTIFICATE_KEY, DELIVERY_KEY, OPAQUE_SETUP};
+use qpq_runtime::data_dir::cluster::{
+    AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY, DELIVERY_KEY, OPAQUE_SETUP,
+};
 use qpq_server::Config;
 use qpq_store_embedded::{DATABASE_FILE, copy_database, inspect};
 
@@ -41,6 +43,18 @@ pub(super) async fn back_up(
             path.display()
         );
         parts.push(target.copy(&path, name)?);
+    }
+    let at_rest_keys = data_dir.join(AT_REST_KEYS);
+    if at_rest_keys.exists() {
+        parts.push(target.copy(&at_rest_keys, AT_REST_KEYS)?);
+    } else {
+        let sealed = inspected.rows.iter().find(|(table, _)| *table == "recovery_bundle");
+        ensure!(
+            sealed.is_none_or(|(_, rows)| *rows == 0),
+            "{} is missing although there are recovery bundles, and a backup without it cannot be \
+             used: no backup was created. Restore the file from an earlier backup first",
+            at_rest_keys.display()
+        );
     }
     let certificates = CERTIFICATES.map(|name| data_dir.join(name));
     if certificates.iter().all(|path| path.exists()) {

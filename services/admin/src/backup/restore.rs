@@ -22,7 +22,7 @@ use anyhow::{Context as _, bail, ensure};
 use qpq_domain::StoreLimits;
 use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, OldSessions, SystemClock};
-use qpq_runtime::data_dir::DataDir;
+use qpq_runtime::data_dir::{DataDir, cluster::AT_REST_KEYS};
 use qpq_store_embedded::{
     Claim, DATABASE_FILE, EmbeddedStore, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE,
 };
@@ -272,6 +272,7 @@ fn known(data_dir: &Path) -> anyhow::Result<Vec<String>> {
         name.starts_with(DATABASE_FILE)
             || SECRETS.contains(&name.as_str())
             || CERTIFICATES.contains(&name.as_str())
+            || name == AT_REST_KEYS
             || name == TRANSFERRED_FILE
     };
     Ok(entries(data_dir)?.into_iter().filter(is_known).collect())

@@ -6,8 +6,8 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use qpq_rpc::OpaqueServer;
-use qpq_runtime::data_dir::cluster::{ClusterDir, DELIVERY_KEY, OPAQUE_SETUP};
+use qpq_rpc::{AtRestKeys, OpaqueServer};
+use qpq_runtime::data_dir::cluster::{AT_REST_KEYS, ClusterDir, DELIVERY_KEY, OPAQUE_SETUP};
 use qpq_store_embedded::{DATABASE_FILE, inspect};
 use qpq_transport::Identity;
 
@@ -144,6 +144,13 @@ fn check_setup(dir: &Path) -> anyhow::Result<()> {
             OpaqueServer::parse(&bytes)
                 .with_context(|| format!("{} cannot be used", path.display()))?;
         }
+    }
+    let path = dir.join(AT_REST_KEYS);
+    if path.exists() {
+        let bytes =
+            fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+        AtRestKeys::parse(&bytes)
+            .with_context(|| format!("{} is damaged. Use another backup", path.display()))?;
     }
     Ok(())
 }

@@ -3,12 +3,12 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, ensure};
-use qpq_rpc::{DeliverySigner, OpaqueServer};
+use qpq_rpc::{AtRestKeys, DeliverySigner, OpaqueServer};
 use qpq_runtime::data_dir::{
     SecretFile,
     cluster::{
-        CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterId, DELIVERY_KEY, OPAQUE_SETUP, RESET_KEY,
-        TICKET_KEYS, TOKEN_KEY,
+        AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterId, DELIVERY_KEY,
+        OPAQUE_SETUP, RESET_KEY, TICKET_KEYS, TOKEN_KEY,
     },
 };
 use qpq_transport::{Identity, KeyRing, RESET_KEY_LEN, SelfSigned};
@@ -19,7 +19,7 @@ use super::Sources;
 
 /// All files, in the order in which they are written.
 pub(super) struct Contents {
-    pub(super) secrets: [File; 5],
+    pub(super) secrets: [File; 6],
     pub(super) certificate: File,
     pub(super) certificate_key: File,
     /// The file that marks a directory as complete.
@@ -54,6 +54,7 @@ impl Contents {
             File::generated(TICKET_KEYS.name, ring()),
             File::generated(TOKEN_KEY.name, ring()),
             File::generated(RESET_KEY.name, random::<RESET_KEY_LEN>()),
+            at_rest_keys(sources)?,
         ];
         OpaqueServer::parse(&secrets[0].bytes).context("the OPAQUE setup cannot be used")?;
         let (certificate, certificate_key) = certificate(sources)?;
@@ -99,6 +100,21 @@ fn copied_or(
         file.length
     );
     Ok(copied)
+}
+
+/// Copies the keys at rest of the single node, or generates keys. The data directory of a release
+/// without them has no such file.
+fn at_rest_keys(sources: &Sources) -> anyhow::Result<File> {
+    let node = sources.from.as_ref().map(|from| from.join(AT_REST_KEYS));
+    match node.filter(|path| path.exists()) {
+        Some(path) => {
+            let copied = File::copied(AT_REST_KEYS, &path)?;
+            AtRestKeys::parse(&copied.bytes)
+                .with_context(|| format!("{} is damaged", path.display()))?;
+            Ok(copied)
+        }
+        None => Ok(File::generated(AT_REST_KEYS, AtRestKeys::generate(&mut OsRng))),
+    }
 }
 
 /// Returns a certificate and its key.

@@ -8,12 +8,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use qpq_rpc::OpaqueServer;
+use qpq_rpc::{AtRestKeys, OpaqueServer};
 use qpq_runtime::data_dir::{
     DataDir, DataDirError, SecretFile,
     cluster::{
-        CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, ClusterDirError, ClusterId,
-        DELIVERY_KEY, OPAQUE_SETUP, RESET_KEY, SECRETS, TICKET_KEYS, TOKEN_KEY,
+        AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY, CLUSTER_ID, ClusterDir, ClusterDirError,
+        ClusterId, DELIVERY_KEY, OPAQUE_SETUP, RESET_KEY, SECRETS, TICKET_KEYS, TOKEN_KEY,
     },
 };
 use qpq_transport::{
@@ -78,6 +78,8 @@ pub(super) enum InitError {
     Certificate(#[from] IdentityError),
     #[error("{path} cannot be used: {source}")]
     Opaque { path: PathBuf, source: qpq_rpc::opaque::InvalidSetup },
+    #[error("{path} cannot be used: {source}")]
+    AtRest { path: PathBuf, source: qpq_rpc::at_rest::InvalidAtRestKeys },
 }
 
 /// Returns whether a run of `init` has completed the directory.
@@ -112,7 +114,8 @@ pub(super) fn prepare(dir: &Path) -> Result<(), InitError> {
 /// create in an empty volume.
 fn is_expected(name: &OsStr) -> bool {
     let name = name.to_string_lossy();
-    let files = SECRETS.iter().map(|file| file.name).chain([CERTIFICATE, CERTIFICATE_KEY]);
+    let files = SECRETS.iter().map(|file| file.name);
+    let files = files.chain([AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY]);
     name == "lost+found"
         || files.chain([CLUSTER_ID]).any(|file| {
             name.strip_prefix(file).is_some_and(|rest| {
@@ -180,6 +183,10 @@ fn check(dir: &Path) -> Result<(Fingerprint, [u8; 32]), InitError> {
     OpaqueServer::parse(&setup)
         .map_err(|source| InitError::Opaque { path: dir.join(OPAQUE_SETUP.name), source })?;
     secret(DELIVERY_KEY)?;
+    let path = dir.join(AT_REST_KEYS);
+    let missing = || ClusterDirError::Missing { path: path.clone() };
+    let at_rest = data.read_any(AT_REST_KEYS)?.ok_or_else(missing)?;
+    AtRestKeys::parse(&at_rest).map_err(|source| InitError::AtRest { path, source })?;
     ClusterKeys::load(ClusterKeyFiles {
         tickets: dir.join(TICKET_KEYS.name),
         tokens: dir.join(TOKEN_KEY.name),

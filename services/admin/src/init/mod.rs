@@ -3,6 +3,7 @@
 //!
 //! Existing files are never overwritten. The file `cluster-id` is written last and marks a
 //! directory as complete. A run completes the directory of an earlier run that was interrupted.
+//! With `--if-missing` it also adds a file that a directory of an earlier release lacks.
 
 mod contents;
 mod directory;
@@ -89,6 +90,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
 fn in_directory(out: &std::path::Path, args: &Args) -> anyhow::Result<()> {
     if args.if_missing && directory::is_complete(out) {
+        // The directory may be of a release without this file.
+        qpq_server::add_at_rest_keys(out)?;
         let summary = directory::verify(out)?;
         return print(format_args!("{} already exists\n{summary}", out.display()));
     }

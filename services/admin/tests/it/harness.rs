@@ -9,7 +9,8 @@ use std::{
 };
 
 /// The files of a directory that `init` created.
-pub(crate) const FILES: [&str; 8] = [
+pub(crate) const FILES: [&str; 9] = [
+    "at-rest-keys",
     "cluster-id",
     "delivery-key.bin",
     "opaque-setup.bin",

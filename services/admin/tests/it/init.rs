@@ -81,6 +81,7 @@ fn an_interrupted_init_is_completed_by_the_next_run() {
         "ticket-keys",
         "token-key",
         "reset-key",
+        "at-rest-keys",
         "server-cert.der",
         "server-key.der",
     ];
@@ -97,7 +98,7 @@ fn an_interrupted_init_is_completed_by_the_next_run() {
         load_as_an_edge(&shared);
         let after = contents(&shared);
         // A certificate without its key is replaced.
-        let kept = before.iter().filter(|(name, _)| written != 6 || *name != "server-cert.der");
+        let kept = before.iter().filter(|(name, _)| written != 7 || *name != "server-cert.der");
         for (name, bytes) in kept {
             assert_eq!(&after[name], bytes, "{name}");
         }
@@ -203,13 +204,20 @@ fn the_secrets_of_a_single_node_are_copied() {
     let shared = workspace.path("cluster");
     run(&["init", "--out", text(&shared), "--from", text(&node)]);
     let (old, new) = (contents(&node), contents(&shared));
-    for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
+    for name in [
+        "at-rest-keys",
+        "opaque-setup.bin",
+        "delivery-key.bin",
+        "server-cert.der",
+        "server-key.der",
+    ] {
         assert_eq!(old[name], new[name], "{name}");
     }
     for name in ["ticket-keys", "token-key", "reset-key", "cluster-id"] {
         assert_ne!(old[name], new[name], "{name}");
     }
-    // Without a certificate in the data directory, a new one is created.
+    // Without a certificate and keys at rest in the data directory, new ones are created.
+    fs::remove_file(node.join("at-rest-keys")).unwrap();
     for name in ["server-cert.der", "server-key.der"] {
         fs::remove_file(node.join(name)).unwrap();
     }

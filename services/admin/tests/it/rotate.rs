@@ -56,7 +56,8 @@ fn a_reader_during_a_rotation_reads_complete_keys() {
 fn the_error_names_a_missing_or_damaged_file_which_stays_as_it_is() {
     for (command, rotated) in COMMANDS {
         let (workspace, shared) = Workspace::with_shared_dir();
-        for name in FILES {
+        // A directory of an earlier release may lack the keys at rest.
+        for name in FILES.into_iter().filter(|name| *name != "at-rest-keys") {
             let path = shared.join(name);
             let good = fs::read(&path).unwrap();
             fs::remove_file(&path).unwrap();
@@ -91,4 +92,59 @@ fn a_rotation_restricts_the_file_to_its_owner() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     run(&["rotate-token-key", "--dir", text(&shared)]);
     assert_eq!(mode(&path), 0o600);
+}
+
+#[test]
+fn a_rotation_of_the_keys_at_rest_appends_a_key_and_keeps_the_others() {
+    let (workspace, shared) = Workspace::with_shared_dir();
+    let path = shared.join("at-rest-keys");
+    let mut others = contents(&shared);
+    others.remove("at-rest-keys");
+    let before = fs::read(&path).unwrap();
+    assert_eq!(before.len(), 64, "a current and a next key");
+    for rotations in 1..=2 {
+        let stdout = run(&["rotate-at-rest-keys", "--dir", text(&shared)]);
+        assert!(stdout.contains(text(&path)) && stdout.contains("restart"), "{stdout}");
+        let after = fs::read(&path).unwrap();
+        assert_eq!(after.len(), 64 + 32 * rotations);
+        assert_eq!(after[..64], before);
+        assert_eq!(mode(&path), 0o600);
+    }
+    let mut now = contents(&shared);
+    now.remove("at-rest-keys");
+    assert_eq!(now, others, "no other file changes or is created");
+    // The file of a single node is rotated in the same way.
+    let node = workspace.path("node");
+    fs::create_dir(&node).unwrap();
+    fs::write(node.join("at-rest-keys"), &before).unwrap();
+    run(&["rotate-at-rest-keys", "--dir", text(&node)]);
+    assert_eq!(fs::read(node.join("at-rest-keys")).unwrap()[..64], before);
+    for damage in [&before[..32], &before[..63], &[0; 64]] {
+        fs::write(&path, damage).unwrap();
+        let stderr = run_failing(1, &["rotate-at-rest-keys", "--dir", text(&shared)]);
+        assert!(stderr.contains("at-rest-keys is damaged"), "{stderr}");
+        assert_eq!(fs::read(&path).unwrap(), damage);
+    }
+}
+
+#[test]
+fn missing_keys_at_rest_are_added_once_by_either_command() {
+    let add = |dir: &Path| run(&["add-at-rest-keys", "--dir", text(dir)]);
+    let init = |dir: &Path| run(&["init", "--if-missing", "--out", text(dir)]);
+    for command in [&add as &dyn Fn(&Path) -> String, &init] {
+        let (_workspace, shared) = Workspace::with_shared_dir();
+        let path = shared.join("at-rest-keys");
+        fs::remove_file(&path).unwrap();
+        let others = contents(&shared);
+        let stderr = run_failing(1, &["rotate-at-rest-keys", "--dir", text(&shared)]);
+        assert!(stderr.contains("qpq-admin add-at-rest-keys --dir"), "{stderr}");
+        command(&shared);
+        let added = fs::read(&path).unwrap();
+        assert_eq!((added.len(), mode(&path)), (64, 0o600));
+        assert!(command(&shared).contains("already exists"));
+        assert_eq!(fs::read(&path).unwrap(), added);
+        let mut now = contents(&shared);
+        now.remove("at-rest-keys");
+        assert_eq!(now, others);
+    }
 }

@@ -1,13 +1,15 @@
-//! The account: register, login, logout, whoami.
+//! The account: register, login, logout, passwd, whoami.
 
 use std::{
     io::{self, IsTerminal as _, Write},
+    path::PathBuf,
     time::Duration,
 };
 
 use qpq_client::{
     AuthError, CallError, Client, Error, Fingerprint, LogoutScope, Messenger, NewAccount, Options,
-    Profile, ProfileError, ProfileStatus, Trust, Username, fingerprint, methods, v1,
+    PasswordChanged, Profile, ProfileError, ProfileStatus, Trust, Username, fingerprint, methods,
+    v1,
 };
 use qpq_ports::{Clock as _, SystemClock};
 use serde::Serialize;
@@ -18,7 +20,8 @@ use crate::{
     entry::span,
     error::{CliError, Exit},
     output::{Format, Report, Style},
-    password, text,
+    password::{self, Source},
+    text,
     unlock::Kept,
 };
 
@@ -55,6 +58,17 @@ impl Report for LoggedIn {
                 "This device is linked to {} on {server} and logged in.",
                 style.bold(username)
             )?,
+            "restored" => {
+                writeln!(
+                    out,
+                    "{} is restored on {server} and logged in, with contacts and conversations.",
+                    style.bold(username)
+                )?;
+                writeln!(
+                    out,
+                    "Messages from before are not restored. If a device is lost, run `qpq device revoke`."
+                )?
+            }
             _ => writeln!(out, "{} is logged in on {server}.", style.bold(username))?,
         }
         if self.is_pinned_now {
@@ -118,16 +132,30 @@ pub(crate) async fn register(
     reported
 }
 
-pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
+pub(crate) async fn login(
+    context: &Context,
+    username: Option<&Username>,
+    device: &str,
+    code: Option<Source>,
+) -> Result<(), CliError> {
     let dir = context.dir();
-    let profile = Profile::read(&dir).map_err(Error::from)?;
+    let profile = match (Profile::read(&dir), username) {
+        (Err(ProfileError::Missing(_)), Some(username)) => {
+            return restore(context, username, device, code).await;
+        }
+        (Ok(profile), Some(username)) if profile.username != *username => {
+            return Err(exists(context));
+        }
+        (profile, _) => profile.map_err(Error::from)?,
+    };
     let mut options = context.options(&profile);
     let seen = check_server(context, &options).await?;
     options.trust = options.trust.settled(seen);
     let password = context.password.known().await?;
     let unlocking = async {
         if (&options.server, &options.trust) == (&profile.server, &profile.trust) {
-            Messenger::unlock(&dir, &password).await
+            let kept = context.keyring.get(&dir);
+            Messenger::unlock_or_reseal(&dir, &password, kept).await
         } else {
             Messenger::unlock_at(&dir, options.server, options.trust, &password).await
         }
@@ -138,6 +166,31 @@ pub(crate) async fn login(context: &Context) -> Result<(), CliError> {
         return Err(Error::DeviceRevoked.into());
     }
     let reported = report(context, "logged_in", &messenger, false).await;
+    opened::close(messenger).await;
+    reported
+}
+
+/// Restores an account from its recovery bundle, as a new device.
+async fn restore(
+    context: &Context,
+    username: &Username,
+    device: &str,
+    code: Option<Source>,
+) -> Result<(), CliError> {
+    let dir = context.dir();
+    let mut options = context.fresh_options()?;
+    let seen = check_server(context, &options).await?;
+    let is_pinned_now = options.trust == Trust::FirstUse;
+    options.trust = options.trust.settled(seen);
+    let password = context.password.known().await?;
+    let code = match code {
+        Some(source) => Some(source.recovery_code().await?),
+        None => None,
+    };
+    let code = code.as_ref();
+    let restoring = Messenger::restore_account(&dir, options, username, &password, device, code);
+    let messenger = context.progress.during("restoring the account", Box::pin(restoring)).await?;
+    let reported = report(context, "restored", &messenger, is_pinned_now).await;
     opened::close(messenger).await;
     reported
 }
@@ -274,6 +327,60 @@ async fn end(messenger: Messenger, scope: LogoutScope) -> Result<u32, CliError> 
         Err(error) if error.is_unauthorized() && scope == LogoutScope::ThisSession => Ok(0),
         Err(error) => Err(error.into()),
     }
+}
+
+#[derive(Debug, Serialize)]
+struct PasswordChange {
+    event: &'static str,
+    profile: String,
+    username: String,
+    /// The number of other sessions that the server has ended; null if that answer was lost.
+    sessions_ended: Option<u32>,
+    /// Whether other commands need no password now.
+    unlocked: bool,
+}
+
+impl Report for PasswordChange {
+    fn human(&self, out: &mut dyn Write, style: Style) -> io::Result<()> {
+        writeln!(out, "The password of {} is changed.", style.bold(&self.username))?;
+        match self.sessions_ended {
+            Some(0) => Ok(()),
+            Some(1) => writeln!(out, "One other session was ended."),
+            Some(ended) => writeln!(out, "{ended} other sessions were ended."),
+            None => writeln!(out, "All other sessions were ended."),
+        }?;
+        if self.sessions_ended != Some(0) {
+            writeln!(
+                out,
+                "On your other devices run `qpq login` before they are restarted or logged out."
+            )?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) async fn passwd(
+    context: &Context,
+    new_password_file: Option<PathBuf>,
+) -> Result<(), CliError> {
+    let dir = context.dir();
+    let profile = Profile::read(&dir).map_err(Error::from)?;
+    check_server(context, &profile.options()).await?;
+    let old = context.password.known().await?;
+    let source = new_password_file.map_or(Source::Terminal, Source::File);
+    let new = source.replacement(&context.output).await?;
+    let changing = Box::pin(Messenger::change_password(&dir, &old, &new));
+    let PasswordChanged { messenger, ended_sessions } =
+        context.progress.during("changing the password", changing).await?;
+    let kept = context.keyring.put(&dir, &messenger.vault_key().await);
+    opened::close(messenger).await;
+    context.output.report(&PasswordChange {
+        event: "password_changed",
+        profile: context.profile.to_string(),
+        username: profile.username.to_string(),
+        sessions_ended: ended_sessions,
+        unlocked: kept? == Kept::Yes,
+    })
 }
 
 #[derive(Debug, Serialize)]

@@ -12,6 +12,7 @@ mod local;
 pub(crate) mod message;
 mod moderate;
 pub(crate) mod opened;
+mod recovery;
 pub(crate) mod requests;
 mod server;
 
@@ -26,6 +27,7 @@ use crate::{
     chat,
     compose::Context,
     error::CliError,
+    password::Source,
 };
 
 /// Runs one command.
@@ -34,8 +36,15 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Register { username, device, invite } => {
             account::register(context, &username, &device, invite).await
         }
-        Command::Login => account::login(context).await,
+        Command::Login { username, device, recovery_code, recovery_code_file } => {
+            let code = match recovery_code_file {
+                Some(file) => Some(Source::File(file)),
+                None => recovery_code.then_some(Source::Terminal),
+            };
+            account::login(context, username.as_ref(), &device, code).await
+        }
         Command::Logout { all } => account::logout(context, all).await,
+        Command::Passwd { new_password_file } => account::passwd(context, new_password_file).await,
         Command::Whoami => account::whoami(context).await,
         Command::Account(AccountCommand::Delete { keep_profile }) => {
             erase::delete(context, keep_profile).await
@@ -47,6 +56,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Recv { follow, timeout } => message::recv(context, follow, timeout).await,
         Command::Group(command) => group::run(context, command).await,
         Command::Device(command) => device::run(context, command).await,
+        Command::Recovery(command) => recovery::run(context, command).await,
         Command::Keys { user, verified, accept } => {
             let changed = if accept { Changed::Accept } else { Changed::Refuse };
             let compared = if verified { Compared::Now } else { Compared::AsNoted };

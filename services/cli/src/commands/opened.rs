@@ -148,10 +148,17 @@ pub(crate) async fn open(context: &Context) -> Result<Messenger, CliError> {
     log_in(context).await
 }
 
-/// Opens the chosen profile with the password.
+/// Opens the chosen profile with the password. A kept key may be that of an earlier password.
 async fn log_in(context: &Context) -> Result<Messenger, CliError> {
+    let dir = context.dir();
     let password = context.password.known().await?;
-    Ok(Box::pin(Messenger::unlock(&context.dir(), &password)).await?)
+    let kept = context.keyring.get(&dir);
+    let is_kept = kept.is_some();
+    let messenger = Box::pin(Messenger::unlock_or_reseal(&dir, &password, kept)).await?;
+    if is_kept {
+        context.keyring.put(&dir, &messenger.vault_key().await)?;
+    }
+    Ok(messenger)
 }
 
 /// Connects, or fails soon if the server cannot be reached.

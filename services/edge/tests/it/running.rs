@@ -87,9 +87,14 @@ async fn created_files_are_readable_only_by_their_owner() {
         assert_eq!(mode(&path), 0o600, "{}", path.display());
         names.push(path.file_name().unwrap().to_str().unwrap().to_owned());
     }
-    for expected in
-        ["delivery-key.bin", "opaque-setup.bin", "qpq.db", "server-cert.der", "server-key.der"]
-    {
+    for expected in [
+        "at-rest-keys",
+        "delivery-key.bin",
+        "opaque-setup.bin",
+        "qpq.db",
+        "server-cert.der",
+        "server-key.der",
+    ] {
         assert!(names.iter().any(|name| name == expected), "{expected} not in {names:?}");
     }
 }

@@ -6,13 +6,13 @@ use qpq_proto::{methods, v1};
 
 use super::{
     LinkCode,
-    grant::{self, Grant, GrantedConversation, GrantedPerson},
+    grant::{self, AccountContent, Grant, GrantedConversation, GrantedPerson},
     grant_channel,
     request::{self, Request, is_recent},
     request_channel,
 };
 use crate::{
-    client::{Client, blocking},
+    client::{Client, Session, blocking},
     error::{CallError, Error},
     messenger::{
         Messenger,
@@ -108,14 +108,21 @@ impl Messenger {
 
     /// Derives the export key by a login that ends immediately. The session of the profile stays.
     async fn export_key(&self, password: &Password) -> Result<ExportKey, Error> {
+        let login = self.log_in_again(password).await?;
+        let export_key = login.session.export_key.clone();
+        login.end().await;
+        Ok(export_key)
+    }
+
+    /// Logs in on another connection, with another session than that of the profile.
+    pub(in crate::messenger) async fn log_in_again(
+        &self,
+        password: &Password,
+    ) -> Result<SecondLogin, Error> {
         let client = Client::new(self.client().options().clone()).map_err(CallError::from)?;
         client.set_device(self.device_id().await?);
         let session = client.login(&self.profile().username, password).await?;
-        if let Err(error) = client.end_session(session.token).await {
-            tracing::debug!(%error, "the session of the password check was not ended");
-        }
-        client.close().await;
-        Ok(session.export_key)
+        Ok(SecondLogin { client, session })
     }
 
     /// Registers the new device.
@@ -134,6 +141,22 @@ impl Messenger {
             }
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// A login in addition to that of the profile: its session is fresh.
+pub(in crate::messenger) struct SecondLogin {
+    pub(in crate::messenger) client: Client,
+    pub(in crate::messenger) session: Session,
+}
+
+impl SecondLogin {
+    /// Ends the session and the connection.
+    pub(in crate::messenger) async fn end(self) {
+        if let Err(error) = self.client.end_session(self.session.token).await {
+            tracing::debug!(%error, "the session of the password check was not ended");
+        }
+        self.client.close().await;
     }
 }
 
@@ -220,6 +243,13 @@ impl State {
 
     /// Collects the content of the grant for a new device.
     fn grant(&self, request: &Request) -> Result<Grant, Error> {
+        let account = self.account_content()?;
+        let proof = account.identity.certify(&request.device, &request.key);
+        Ok(Grant { proof, account })
+    }
+
+    /// Collects the content of the account that a new device receives.
+    pub(in crate::messenger) fn account_content(&self) -> Result<AccountContent, Error> {
         let identity = self.mls.identity().clone();
         let mut conversations = Vec::new();
         for group in self.mls.groups()?.into_iter().filter(|group| group.active) {
@@ -234,13 +264,8 @@ impl State {
             let is_acquainted = self.is_acquainted(&identity)?;
             people.push(GrantedPerson { identity, known, is_acquainted });
         }
-        Ok(Grant {
-            proof: identity.certify(&request.device, &request.key),
-            identity,
-            conversations,
-            people,
-            blocked: self.blocked()?.into_iter().collect(),
-        })
+        let blocked = self.blocked()?.into_iter().collect();
+        Ok(AccountContent { identity, conversations, people, blocked })
     }
 }
 

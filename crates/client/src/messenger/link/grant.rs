@@ -78,28 +78,34 @@ struct EncodedPerson {
 /// The content of a grant.
 #[derive(Debug)]
 pub(super) struct Grant {
-    pub(super) identity: Identity,
     /// The account's signature over the new device's key.
     pub(super) proof: [u8; 64],
-    pub(super) conversations: Vec<GrantedConversation>,
-    pub(super) people: Vec<GrantedPerson>,
-    pub(super) blocked: Vec<IdentityKey>,
+    pub(super) account: AccountContent,
+}
+
+/// The content of an account that a new device receives, by a grant or a recovery bundle.
+#[derive(Debug)]
+pub(in crate::messenger) struct AccountContent {
+    pub(in crate::messenger) identity: Identity,
+    pub(in crate::messenger) conversations: Vec<GrantedConversation>,
+    pub(in crate::messenger) people: Vec<GrantedPerson>,
+    pub(in crate::messenger) blocked: Vec<IdentityKey>,
 }
 
 /// A conversation of the account.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct GrantedConversation {
-    pub(super) channel: ChannelId,
+pub(in crate::messenger) struct GrantedConversation {
+    pub(in crate::messenger) channel: ChannelId,
     /// The members, who may vouch for the group.
-    pub(super) members: Vec<IdentityKey>,
+    pub(in crate::messenger) members: Vec<IdentityKey>,
 }
 
 /// A person that the account knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct GrantedPerson {
-    pub(super) identity: IdentityKey,
-    pub(super) known: Known,
-    pub(super) is_acquainted: bool,
+pub(in crate::messenger) struct GrantedPerson {
+    pub(in crate::messenger) identity: IdentityKey,
+    pub(in crate::messenger) known: Known,
+    pub(in crate::messenger) is_acquainted: bool,
 }
 
 impl Grant {
@@ -107,14 +113,7 @@ impl Grant {
     ///
     /// A grant that would be too large leaves out people that are not acquaintances.
     pub(super) fn seal(&self, request: &Request, export_key: &ExportKey) -> Result<Vec<u8>, Error> {
-        let mut encoded = Encoded {
-            identity_seed: self.identity.seed().to_vec(),
-            device_proof: self.proof.to_vec(),
-            conversations: self.conversations.iter().map(EncodedConversation::from).collect(),
-            people: self.people.iter().map(EncodedPerson::from).collect(),
-            blocked: self.blocked.iter().map(|key| key.as_bytes().to_vec()).collect(),
-            mac: Vec::new(),
-        };
+        let mut encoded = Encoded::new(&self.account, self.proof.to_vec());
         encoded.shorten(MAX_LEN);
         encoded.mac = mac(&encoded, request, export_key).finalize().into_bytes().to_vec();
         let content = Zeroizing::new(encoded.encode_to_vec());
@@ -135,16 +134,43 @@ impl Grant {
         let content = keys.open(sealed, INFO, &request.digest())?;
         let encoded = Encoded::decode(&content[..]).ok()?;
         mac(&encoded, request, export_key).verify_slice(&encoded.mac).ok()?;
-        let grant = encoded.read().ok()?;
+        let proof = encoded.device_proof[..].try_into().ok()?;
+        let grant = Self { proof, account: encoded.read().ok()? };
         let statement = request.key.certification(identity, &request.device);
         let is_certified = identity.verify(&statement, &grant.proof).is_ok();
-        (grant.identity.public() == *identity && is_certified).then_some(grant)
+        (grant.account.identity.public() == *identity && is_certified).then_some(grant)
+    }
+}
+
+impl AccountContent {
+    /// Encodes the content in at most `max` bytes. Content that would be longer is shortened as
+    /// that of a grant.
+    pub(in crate::messenger) fn encode(&self, max: usize) -> Zeroizing<Vec<u8>> {
+        let mut encoded = Encoded::new(self, Vec::new());
+        encoded.shorten(max);
+        Zeroizing::new(encoded.encode_to_vec())
+    }
+
+    /// Decodes the output of [`AccountContent::encode`].
+    pub(in crate::messenger) fn decode(bytes: &[u8]) -> Result<Self, Corrupt> {
+        Encoded::decode(bytes).map_err(Corrupt::new)?.read()
     }
 }
 
 impl Encoded {
-    /// Shortens the grant to `max` bytes: removes people that are not acquaintances, then members
-    /// of the largest conversations.
+    fn new(account: &AccountContent, device_proof: Vec<u8>) -> Self {
+        Self {
+            identity_seed: account.identity.seed().to_vec(),
+            device_proof,
+            conversations: account.conversations.iter().map(EncodedConversation::from).collect(),
+            people: account.people.iter().map(EncodedPerson::from).collect(),
+            blocked: account.blocked.iter().map(|key| key.as_bytes().to_vec()).collect(),
+            mac: Vec::new(),
+        }
+    }
+
+    /// Shortens the content to `max` bytes: removes people that are not acquaintances, then members
+    /// of the largest conversations, then other people and conversations.
     fn shorten(&mut self, max: usize) {
         if self.encoded_len() > max {
             self.people.retain(|person| person.is_acquainted);
@@ -159,13 +185,15 @@ impl Encoded {
         while self.encoded_len() > max && !self.people.is_empty() {
             self.people.truncate(self.people.len() / 2);
         }
+        while self.encoded_len() > max && !self.conversations.is_empty() {
+            self.conversations.truncate(self.conversations.len() / 2);
+        }
     }
 
-    fn read(&self) -> Result<Grant, Corrupt> {
+    fn read(&self) -> Result<AccountContent, Corrupt> {
         let seed = <&[u8; 32]>::try_from(&self.identity_seed[..]).map_err(Corrupt::new)?;
-        Ok(Grant {
+        Ok(AccountContent {
             identity: Identity::from_seed(seed),
-            proof: self.device_proof[..].try_into().map_err(Corrupt::new)?,
             conversations: self
                 .conversations
                 .iter()
@@ -268,20 +296,22 @@ mod tests {
         };
         let grant = Grant {
             proof: identity.certify(&device.id(), &device.public()),
-            identity,
-            conversations: vec![GrantedConversation {
-                channel: ChannelId::new([6; 16]),
-                members: (0..members).map(key).collect(),
-            }],
-            people: (0..people).map(person).collect(),
-            blocked: vec![IdentityKey::new([7; 32])],
+            account: AccountContent {
+                identity,
+                conversations: vec![GrantedConversation {
+                    channel: ChannelId::new([6; 16]),
+                    members: (0..members).map(key).collect(),
+                }],
+                people: (0..people).map(person).collect(),
+                blocked: vec![IdentityKey::new([7; 32])],
+            },
         };
         Case { request, keys, grant }
     }
 
     impl Case {
         fn open(&self, message: &[u8], export_key: &ExportKey) -> Option<Grant> {
-            let identity = self.grant.identity.public();
+            let identity = self.grant.account.identity.public();
             Grant::open(message, &self.keys, &self.request, &identity, export_key)
         }
     }
@@ -291,10 +321,10 @@ mod tests {
         let case = case(3, 2);
         let message = case.grant.seal(&case.request, &export_key(8)).unwrap();
         let opened = case.open(&message, &export_key(8)).unwrap();
-        assert_eq!(opened.identity.seed(), case.grant.identity.seed());
-        assert_eq!(opened.conversations, case.grant.conversations);
-        assert_eq!(opened.people, case.grant.people);
-        assert_eq!(opened.blocked, case.grant.blocked);
+        assert_eq!(opened.account.identity.seed(), case.grant.account.identity.seed());
+        assert_eq!(opened.account.conversations, case.grant.account.conversations);
+        assert_eq!(opened.account.people, case.grant.account.people);
+        assert_eq!(opened.account.blocked, case.grant.account.blocked);
         assert!(case.open(&message, &export_key(9)).is_none(), "another password");
         let other = self::case(3, 2);
         assert!(other.open(&message, &export_key(8)).is_none(), "another request");
@@ -306,7 +336,7 @@ mod tests {
     #[test]
     fn a_grant_for_another_account_or_without_its_statement_is_refused() {
         let mut case = case(0, 0);
-        let identity = case.grant.identity.public();
+        let identity = case.grant.account.identity.public();
         let seal = |case: &Case| case.grant.seal(&case.request, &export_key(8)).unwrap();
         let open = |case: &Case, message: &[u8]| {
             Grant::open(message, &case.keys, &case.request, &identity, &export_key(8))
@@ -316,8 +346,9 @@ mod tests {
         case.grant.proof[0] ^= 1;
         let bad = seal(&case);
         assert!(open(&case, &bad).is_none());
-        case.grant.identity = Identity::from_seed(&[9; 32]);
-        case.grant.proof = case.grant.identity.certify(&case.request.device, &case.request.key);
+        case.grant.account.identity = Identity::from_seed(&[9; 32]);
+        case.grant.proof =
+            case.grant.account.identity.certify(&case.request.device, &case.request.key);
         let other = seal(&case);
         assert!(open(&case, &other).is_none());
     }
@@ -328,7 +359,10 @@ mod tests {
         let message = case.grant.seal(&case.request, &export_key(8)).unwrap();
         assert!(message.len() < 1024 * 1024, "{}", message.len());
         let opened = case.open(&message, &export_key(8)).unwrap();
-        assert!(opened.people.iter().all(|person| person.is_acquainted));
-        assert!(opened.people.len() >= 5_000 && opened.conversations[0].members.len() >= 1_000);
+        assert!(opened.account.people.iter().all(|person| person.is_acquainted));
+        assert!(
+            opened.account.people.len() >= 5_000
+                && opened.account.conversations[0].members.len() >= 1_000
+        );
     }
 }

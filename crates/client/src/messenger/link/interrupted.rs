@@ -16,7 +16,7 @@ use crate::{
 const FILE: &str = "linking";
 
 /// Notes a device before it can be registered.
-pub(super) fn note(dir: &Path, device: &DeviceId) -> Result<(), ProfileError> {
+pub(in crate::messenger) fn note(dir: &Path, device: &DeviceId) -> Result<(), ProfileError> {
     replace(&dir.join(FILE), hex::encode(device.as_bytes()).as_bytes())
 }
 
@@ -29,7 +29,7 @@ pub(super) fn forget(dir: &Path) {
 }
 
 /// Revokes the device of an interrupted link, if one is noted. The device may be unregistered.
-pub(super) async fn revoke(client: &Client, dir: &Path) -> Result<(), CallError> {
+pub(in crate::messenger) async fn revoke(client: &Client, dir: &Path) -> Result<(), CallError> {
     let noted = fs::read(dir.join(FILE)).ok().and_then(|digits| hex::decode(digits).ok());
     let Some(device_id) = noted else { return Ok(()) };
     let request = v1::RevokeDeviceRequest { device_id: device_id.into(), ..Default::default() };

@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use super::{
     LINK_REQUEST_LIFETIME, LinkCode,
-    grant::{self, Grant},
+    grant::{self, AccountContent, Grant},
     grant_channel, interrupted,
     request::Request,
     request_channel,
@@ -94,7 +94,7 @@ impl Messenger {
     /// [`ProfileError::Exists`], [`AuthError::WrongPassword`](crate::AuthError::WrongPassword).
     pub async fn link(
         dir: &Path,
-        mut options: Options,
+        options: Options,
         username: &Username,
         password: &Password,
         name: &str,
@@ -103,12 +103,7 @@ impl Messenger {
         check_missing(dir)?;
         let in_use = profile::lock(dir).await?;
         check_missing(dir)?;
-        if options.trust == Trust::FirstUse {
-            let client = Client::new(options.clone()).map_err(CallError::from)?;
-            options.trust = Trust::Pinned(client.connect().await?);
-            client.close().await;
-        }
-        let client = Client::new(options).map_err(CallError::from)?;
+        let client = pinned(options).await?;
         let (device, device_seed) = new_device(name);
         client.set_device(Some(device.id()));
         let session = client.login(username, password).await?;
@@ -135,7 +130,17 @@ impl Messenger {
     }
 }
 
-fn check_missing(dir: &Path) -> Result<(), ProfileError> {
+/// Creates a client that trusts one certificate: with [`Trust::FirstUse`] that of the server now.
+pub(in crate::messenger) async fn pinned(mut options: Options) -> Result<Client, Error> {
+    if options.trust == Trust::FirstUse {
+        let client = Client::new(options.clone()).map_err(CallError::from)?;
+        options.trust = Trust::Pinned(client.connect().await?);
+        client.close().await;
+    }
+    Ok(Client::new(options).map_err(CallError::from)?)
+}
+
+pub(in crate::messenger) fn check_missing(dir: &Path) -> Result<(), ProfileError> {
     match Profile::read(dir) {
         Err(ProfileError::Missing(_)) => Ok(()),
         Ok(_) => Err(ProfileError::Exists(dir.to_owned())),
@@ -144,14 +149,17 @@ fn check_missing(dir: &Path) -> Result<(), ProfileError> {
 }
 
 /// Creates a device that is not certified yet.
-fn new_device(name: &str) -> (Device, Zeroizing<[u8; 32]>) {
+pub(in crate::messenger) fn new_device(name: &str) -> (Device, Zeroizing<[u8; 32]>) {
     let (mut id, mut seed) = ([0; 16], Zeroizing::new([0; 32]));
     OsRng.fill_bytes(&mut id);
     OsRng.fill_bytes(&mut *seed);
     (Device::new(DeviceId::new(id), name, &seed, [0; 64]), seed)
 }
 
-async fn identity_of(client: &Client, username: &Username) -> Result<IdentityKey, Error> {
+pub(in crate::messenger) async fn identity_of(
+    client: &Client,
+    username: &Username,
+) -> Result<IdentityKey, Error> {
     let request = v1::ResolveUserRequest { username: username.to_string(), ..Default::default() };
     match client.call::<methods::ResolveUser>(request).await {
         Ok(answer) => IdentityKey::try_from(&answer.identity_key[..])
@@ -275,19 +283,55 @@ impl Linking {
         Grant::open(message, &self.keys, &self.request, &self.identity, export_key)
     }
 
-    /// Creates the profile, which is complete once `profile.json` exists.
+    /// Creates the profile, acknowledges the grant, and joins the conversations.
     async fn complete(self, found: Found) -> Result<Messenger, Error> {
-        let Self { in_use, client, session, username, identity, device_seed, request, .. } = self;
+        let Self { in_use, client, session, username, device_seed, request, .. } = self;
         let Found { grant, seq, store_id, seqs, connection } = found;
-        let dir = in_use.dir.clone();
+        let device = Device::new(request.device, &request.name, &device_seed, grant.proof);
+        let account = grant.account;
+        let new = NewProfile { in_use, client, session, username, device, account, seq, store_id };
+        let messenger = new.create(|_| Ok(())).await?;
+        let ack = v1::AckRequest { all_channels: true, seqs, ..Default::default() };
+        // If this fails, the messages up to the grant are read again, and ignored.
+        if let Err(error) = messenger.client().call_on::<methods::Ack>(&connection, ack).await {
+            tracing::debug!(%error, "the grant was not acknowledged");
+        }
+        if let Err(error) = messenger.join_conversations().await {
+            tracing::warn!(%error, "conversations not joined, retrying later");
+        }
+        Ok(messenger)
+    }
+}
+
+/// The profile of a registered device that has received the content of its account.
+pub(in crate::messenger) struct NewProfile {
+    pub(in crate::messenger) in_use: InUse,
+    pub(in crate::messenger) client: Client,
+    pub(in crate::messenger) session: Session,
+    pub(in crate::messenger) username: Username,
+    pub(in crate::messenger) device: Device,
+    pub(in crate::messenger) account: AccountContent,
+    /// The seq after which the device reads the inbox.
+    pub(in crate::messenger) seq: Seq,
+    pub(in crate::messenger) store_id: Vec<u8>,
+}
+
+impl NewProfile {
+    /// Creates the profile, which is complete once `profile.json` exists. `also` adds to the state.
+    pub(in crate::messenger) async fn create(
+        self,
+        also: impl FnOnce(&State) -> Result<(), DatabaseError> + Send + 'static,
+    ) -> Result<Messenger, Error> {
+        let Self { in_use, client, session, username, device, account, seq, store_id } = self;
+        let (dir, identity, id) = (in_use.dir.clone(), account.identity.public(), device.id());
         discard(&dir)?;
         let key = derive(&session.password, &session.export_key, Salt::random()).await;
-        let device = Device::new(request.device, &request.name, &device_seed, grant.proof);
         let (name, token) = (username.clone(), session.token);
         let store = StateStore::create_with(in_use, key, move |database| {
-            let mut state = begin(database, grant, name, device)?;
+            let mut state = begin(database, account, name, device)?;
             state.set_token(Some(&token))?;
             state.begin_reading(seq, &store_id)?;
+            also(&state)?;
             state.save()
         })
         .await?;
@@ -297,55 +341,46 @@ impl Linking {
             trust: client.options().trust.clone(),
             identity,
             status: ProfileStatus::Registered,
-            device: Some(request.device),
+            device: Some(id),
         };
         profile.write(&dir)?;
         interrupted::forget(&dir);
-        let ack = v1::AckRequest { all_channels: true, seqs, ..Default::default() };
-        // If this fails, the messages up to the grant are read again, and ignored.
-        if let Err(error) = client.call_on::<methods::Ack>(&connection, ack).await {
-            tracing::debug!(%error, "the grant was not acknowledged");
-        }
-        let messenger = assemble(client, profile, store).await?;
-        if let Err(error) = messenger.join_conversations().await {
-            tracing::warn!(%error, "conversations not joined, retrying later");
-        }
-        Ok(messenger)
+        assemble(client, profile, store).await
     }
 }
 
 impl Messenger {
-    /// Publishes KeyPackages and joins the conversations that the grant names.
-    async fn join_conversations(&self) -> Result<(), Error> {
+    /// Publishes KeyPackages and joins the conversations that the new device has received.
+    pub(in crate::messenger) async fn join_conversations(&self) -> Result<(), Error> {
         self.settle_keys(NewKeys::Needed).await?;
         self.sync_and_settle_keys().await?;
         self.run_changes(None).await.map(drop)
     }
 }
 
-/// Creates the state of a linked device.
+/// Creates the state of a device that was added to its account.
 fn begin(
     database: &Database,
-    grant: Grant,
+    account: AccountContent,
     username: Username,
     device: Device,
 ) -> Result<State, DatabaseError> {
-    let mut state = State::create(database, grant.identity, username)?;
+    let mut state = State::create(database, account.identity, username)?;
     state.mls.set_device(device)?;
     state.set_number(LINKED, Some(1))?;
     state.note_other_devices()?;
     state.replace_packages()?;
     let me = state.me();
-    for person in grant.people.iter().filter(|person| person.identity != me) {
+    for person in account.people.iter().filter(|person| person.identity != me) {
         state.people.adopt(&person.identity, &person.known)?;
         if person.is_acquainted {
             state.note_acquaintance(&person.identity)?;
         }
     }
-    for key in &grant.blocked {
+    for key in &account.blocked {
         state.database().put(BLOCKED, key.as_bytes(), None, key.as_bytes())?;
     }
-    for conversation in grant.conversations {
+    for conversation in account.conversations {
         let (channel, known) = (conversation.channel, conversation.members);
         state.add_change(Operation::Join { channel, known })?;
     }

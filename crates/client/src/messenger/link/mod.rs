@@ -31,10 +31,17 @@ use std::time::Duration;
 use qpq_domain::{ChannelId, DeviceId, IdentityKey};
 use sha2::{Digest as _, Sha256};
 
+#[cfg(test)]
+pub(in crate::messenger) use self::grant::GrantedConversation;
 pub use self::{
     approve::LinkRequest,
     code::{InvalidLinkCode, LinkCode},
     linking::Linking,
+};
+pub(in crate::messenger) use self::{
+    grant::AccountContent,
+    interrupted::{note, revoke},
+    linking::{NewProfile, check_missing, identity_of, new_device, pinned},
 };
 
 /// The time for which a request is valid.
@@ -43,6 +50,13 @@ pub const LINK_REQUEST_LIFETIME: Duration = Duration::from_secs(15 * 60);
 /// Returns the channel of the requests of an account.
 fn request_channel(identity: &IdentityKey) -> ChannelId {
     channel(&[b"qpq/link/1", identity.as_bytes()])
+}
+
+/// Returns the first message of a restored device to its own account, and the channel. Other
+/// devices ignore it as a grant that is not theirs. The seq of the message is the device's
+/// position.
+pub(in crate::messenger) fn position_message(device: &DeviceId) -> (ChannelId, Vec<u8>) {
+    (grant_channel(device), grant::PREFIX.to_vec())
 }
 
 /// Returns the channel of the grants for a device.

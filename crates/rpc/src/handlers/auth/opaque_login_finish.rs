@@ -1,7 +1,7 @@
 //! OpaqueLoginFinish (103).
 
-use qpq_domain::SessionToken;
-use qpq_ports::{NewSession, Session, SessionCreation};
+use qpq_domain::{SessionToken, TokenHash, Username};
+use qpq_ports::{Credentials, NewSession, Session, SessionCreation};
 use qpq_proto::{
     convert,
     methods::OpaqueLoginFinish,
@@ -28,7 +28,8 @@ impl Handler for OpaqueLoginFinish {
         let device = convert::device_id(&request.device_id, "device_id")?;
         let login = cx.conn.take_login(&username, cx.now).ok_or(Error::LoginFailed)?;
         login.opaque.finish(&request.finalization).map_err(refused("finalization"))?;
-        let (account, identity) = login.account.ok_or(Error::LoginFailed)?;
+        let credentials = login.credentials.ok_or(Error::LoginFailed)?;
+        let Credentials { account, identity, .. } = credentials;
         if claimed.is_some_and(|claimed| !bool::from(claimed.as_bytes().ct_eq(identity.as_bytes())))
         {
             return Err(Error::LoginFailed);
@@ -46,6 +47,9 @@ impl Handler for OpaqueLoginFinish {
         };
         let created =
             cx.app.stores.sessions.create(NewSession { token: token.hash(), session }).await?;
+        if created == SessionCreation::Created {
+            end_if_password_changed(cx, &username, &credentials, token.hash()).await?;
+        }
         // The password is right, so the next login from here consumes no budget of the username.
         limits::remember_login(cx, &username).await;
         match created {
@@ -62,6 +66,22 @@ impl Handler for OpaqueLoginFinish {
         }
         .into())
     }
+}
+
+/// Ends the new session and fails if the password was changed after the login had started. A change
+/// that follows this check ends the session itself.
+async fn end_if_password_changed(
+    cx: Cx<'_>,
+    username: &Username,
+    started_with: &Credentials,
+    token: TokenHash,
+) -> Result<(), Error> {
+    let current = cx.app.stores.accounts.credentials(username).await?;
+    if current.is_some_and(|current| current.opaque_record == started_with.opaque_record) {
+        return Ok(());
+    }
+    cx.app.stores.sessions.revoke(&token).await?;
+    Err(Error::LoginFailed)
 }
 
 fn new_token() -> Result<SessionToken, Error> {

@@ -1,6 +1,5 @@
 //! OpaqueLoginStart (102).
 
-use qpq_ports::Credentials;
 use qpq_proto::{
     methods::OpaqueLoginStart,
     v1::{OpaqueLoginStartRequest, OpaqueLoginStartResponse},
@@ -22,8 +21,7 @@ impl Handler for OpaqueLoginStart {
         let work = || cx.app.opaque.start_login(&mut OsRng, &username, record, &request.request);
         let (response, pending) =
             cx.app.opaque_limiter.run(work).await?.map_err(refused("request"))?;
-        let account = credentials.map(|Credentials { account, identity, .. }| (account, identity));
-        cx.conn.start_login(username, UnfinishedLogin { opaque: pending, account }, cx.now);
+        cx.conn.start_login(username, UnfinishedLogin { opaque: pending, credentials }, cx.now);
         Ok(OpaqueLoginStartResponse { response: response.into() }.into())
     }
 }

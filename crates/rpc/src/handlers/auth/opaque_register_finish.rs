@@ -32,6 +32,8 @@ impl Handler for OpaqueRegisterFinish {
                 };
             }
         };
+        // The start was for this account, so it is not one for a change of the password.
+        cx.conn.take_registration(&username, cx.now);
         let account = NewAccount { username, identity, opaque_record, admission, now: cx.now };
         match cx.app.stores.accounts.register(account).await? {
             Registration::Registered(_) | Registration::Repeated(_) => {

@@ -32,7 +32,13 @@ impl Node {
         let (workspace, made) = Workspace::with_shared_dir();
         let dir = workspace.path("node");
         fs::create_dir(&dir).unwrap();
-        for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
+        for name in [
+            "opaque-setup.bin",
+            "delivery-key.bin",
+            "at-rest-keys",
+            "server-cert.der",
+            "server-key.der",
+        ] {
             fs::copy(made.join(name), dir.join(name)).unwrap();
         }
         let store = embedded(&dir).await;
@@ -77,6 +83,7 @@ async fn a_backup_of_a_store_in_use_is_restored_with_the_same_contents() {
     assert!(stdout.contains("For users this means") && stdout.contains("(new)"), "{stdout}");
     let names: Vec<_> = contents(&there).into_keys().collect();
     let expected = [
+        "at-rest-keys",
         "delivery-key.bin",
         "lock",
         "opaque-setup.bin",
@@ -85,7 +92,7 @@ async fn a_backup_of_a_store_in_use_is_restored_with_the_same_contents() {
         "server-key.der",
     ];
     assert_eq!(names, expected);
-    for name in ["opaque-setup.bin", "server-key.der"] {
+    for name in ["at-rest-keys", "opaque-setup.bin", "server-key.der"] {
         assert_eq!(fs::read(there.join(name)).unwrap(), fs::read(node.dir.join(name)).unwrap());
     }
     let restored = embedded(&there).await;
@@ -204,6 +211,11 @@ async fn an_incomplete_backup_never_has_the_final_name_and_no_file_is_overwritte
     drop(lock);
 
     // A backup that fails leaves no files.
+    let keys = (node.dir.join("at-rest-keys"), node.workspace.path("away"));
+    fs::rename(&keys.0, &keys.1).unwrap();
+    let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
+    assert!(stderr.contains("at-rest-keys is missing although"), "{stderr}");
+    fs::rename(&keys.1, &keys.0).unwrap();
     fs::remove_file(node.dir.join("opaque-setup.bin")).unwrap();
     let stderr = run_failing(1, &["backup", text(&other), "--data-dir", text(&node.dir)]);
     assert!(stderr.contains("opaque-setup.bin is missing"), "{stderr}");

@@ -9,12 +9,12 @@ use qpq_domain::{
     StoreId, TokenHash, UnixMillis, Username,
 };
 use qpq_ports::{
-    Ack, Admission, AuditEntry, AuditPage, BanScope, Batch, CertifiedKey, ClaimRequest, Commit,
-    Deletion, DeviceRegistration, Enqueued, GroupMessage, GroupRecipients, HybridKey, JobEnd,
-    JobId, JobKind, MemberPage, ModerationRight, Moderator, NewAccount, NewBan, NewDevice,
-    NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage, NewReport, NewSession,
-    PackageOwner, Page, PageLimit, ReadQuery, ReadReports, Reader, Registration, Report, Reporting,
-    Session, Stores, UploadMode, View,
+    Ack, Admission, AtRestKeyId, AuditEntry, AuditPage, BanScope, Batch, CertifiedKey,
+    ClaimRequest, Commit, Deletion, DeviceRegistration, Enqueued, GroupMessage, GroupRecipients,
+    HybridKey, JobEnd, JobId, JobKind, MemberPage, ModerationRight, Moderator, NewAccount, NewBan,
+    NewBundle, NewDevice, NewGroup, NewInvite, NewJob, NewKeyPackage, NewMembers, NewMessage,
+    NewReport, NewSession, PackageOwner, Page, PageLimit, ReadQuery, ReadReports, Reader,
+    Registration, Report, Reporting, Session, Stores, UploadMode, View,
 };
 use rand::{Rng as _, RngCore as _, rngs::StdRng};
 use sha2::{Digest as _, Sha256};
@@ -121,6 +121,16 @@ impl Content {
         let registered = stores.accounts.register(account.clone()).await.unwrap();
         let Registration::Registered(id) = registered else { panic!("{registered:?}") };
         self.people.push((account, id));
+        // Every other account has a recovery bundle, and one that was removed.
+        if number.is_multiple_of(2) {
+            let (sealed, key) = (self.bytes(1_000), AtRestKeyId(self.random.r#gen()));
+            let bundle = NewBundle { account: id, replaces: 0, sealed, key, now: self.now };
+            stores.recovery_bundles.put(bundle).await.unwrap();
+            stores.recovery_bundles.fetch(id, self.now, 10).await.unwrap();
+        }
+        if number.is_multiple_of(4) {
+            stores.recovery_bundles.remove(id).await.unwrap();
+        }
     }
 
     /// Returns the readers of an inbox. The first account has two devices.
@@ -444,6 +454,7 @@ impl Content {
                     credentials.opaque_record,
                     by_name.username,
                     by_name.created_at,
+                    stores.recovery_bundles.find(by_name.id).await.unwrap(),
                 )
             };
             assert_eq!(known(one).await, known(two).await);

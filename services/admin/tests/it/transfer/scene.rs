@@ -40,7 +40,13 @@ impl Scene {
         let (workspace, made) = Workspace::with_shared_dir();
         let node = workspace.path("node");
         fs::create_dir(&node).unwrap();
-        for name in ["opaque-setup.bin", "delivery-key.bin", "server-cert.der", "server-key.der"] {
+        for name in [
+            "opaque-setup.bin",
+            "delivery-key.bin",
+            "at-rest-keys",
+            "server-cert.der",
+            "server-key.der",
+        ] {
             fs::copy(made.join(name), node.join(name)).unwrap();
         }
         let store = embedded(&node).await;
