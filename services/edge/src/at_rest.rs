@@ -111,7 +111,7 @@ mod tests {
     use std::fs;
 
     use qpq_domain::{IdentityKey, StoreLimits, UnixMillis, Username};
-    use qpq_ports::{BundlePut, NewAccount, NewBundle, Registration, Stores};
+    use qpq_ports::{Admission, BundlePut, NewAccount, NewBundle, Registration, Stores};
     use qpq_rpc::at_rest::{Place, Purpose};
     use qpq_store_embedded::EmbeddedStore;
 
@@ -144,6 +144,7 @@ mod tests {
                 username: Username::parse("alice").unwrap(),
                 identity,
                 opaque_record: vec![1; 192],
+                admission: Admission::Open,
                 now: UnixMillis(1),
             };
             let Registration::Registered(account) =

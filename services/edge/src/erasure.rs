@@ -60,8 +60,8 @@ mod tests {
 
     use qpq_domain::{AccountId, IdentityKey, Username};
     use qpq_ports::{
-        Account, Claim, Credentials, Deletion, JobId, NewAccount, Registration, StoreError,
-        StoreResult,
+        Account, Claim, Credentials, Deletion, JobId, NewAccount, PasswordChange, PasswordChanged,
+        Registration, StoreError, StoreResult,
     };
 
     use super::*;
@@ -79,6 +79,10 @@ mod tests {
 
         async fn credentials(&self, _: &Username) -> StoreResult<Option<Credentials>> {
             unreachable!("an erasure reads no account")
+        }
+
+        async fn change_password(&self, _: PasswordChange) -> StoreResult<PasswordChanged> {
+            unreachable!("an erasure changes no password")
         }
 
         async fn by_username(&self, _: &Username) -> StoreResult<Option<Account>> {

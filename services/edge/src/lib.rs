@@ -31,4 +31,3 @@ pub use listen::Listen;
 pub use qpq_domain::UsernameScripts;
 pub use qpq_rpc::RegistrationMode;
 pub use rotation::{AtRestKeysAdded, RotateError, add_at_rest_keys, rotate, rotate_at_rest_keys};
-pub use rotation::{RotateError, rotate};
