@@ -15,8 +15,8 @@ use std::{collections::HashSet, mem, sync::LazyLock};
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, TokenHash, UnixMillis};
 use qpq_ports::{
-    CALLS_ENDED, Deletion, Erasing, ErasureId, NAME_RESERVED, StoreError, StoreResult,
-    identity_tombstone, name_tombstone,
+    CALLS_ENDED, Deletion, Endpoints as _, Erasing, ErasureId, NAME_RESERVED, StoreError,
+    StoreResult, identity_tombstone, name_tombstone,
 };
 use sqlx::{PgConnection, Row as _};
 
@@ -128,6 +128,7 @@ impl ClusterStore {
         self.inner.applier.apply(effects).await;
         if let (Erasing::WaitFor(_) | Erasing::Done, Some(identity)) = (progress, identity) {
             let _ = self.inner.redis.forget_inbox(&identity, &[]).await;
+            let _ = self.remove(&identity).await;
         }
         Ok(progress)
     }

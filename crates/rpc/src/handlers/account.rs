@@ -19,6 +19,9 @@ impl Handler for methods::DeleteAccount {
         let deletion = cx.app.tasks.spawn(async move {
             let deleted = app.stores.accounts.delete(deleter.account, now).await;
             app.account_events.publish(&deleter.identity, AccountEvent::SessionsEnded);
+            if deleted.is_ok() && app.stores.endpoints.remove(&deleter.identity).await.is_err() {
+                tracing::debug!("endpoint of a deleted account not removed, it expires");
+            }
             deleted
         });
         match deletion.await.map_err(Error::internal)?? {
