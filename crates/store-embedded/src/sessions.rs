@@ -93,10 +93,13 @@ impl Statement for Create {
         }
         // A token is 256 random bits, so the row with the token is of a repeat of the same
         // creation.
+        let NewSession { token, session } = &self.0;
+        // A token is 256 random bits, so a row with the token is of the same session, created by a
+        // repeat. The row counts as affected, and does not change.
         let created = sqlx::query(
             "INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
              SELECT ?1, a.id, ?3, ?4, ?5, ?6 FROM account a WHERE a.id = ?2 AND a.identity = ?7
-                 ON CONFLICT DO UPDATE SET expires_at = excluded.expires_at",
+                 ON CONFLICT DO UPDATE SET expires_at = session.expires_at",
         )
         .bind(&token.as_bytes()[..])
         .bind(session.account.0)

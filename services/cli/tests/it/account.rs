@@ -219,7 +219,7 @@ async fn an_account_is_deleted_after_its_name_and_password_were_given() {
     alice.fails(&["whoami"], 3, "profile.missing").await;
     let other = world.person("other");
     other.fails(&["register", "alice"], 1, "auth.username_taken").await;
-    bob.fails(&["send", "alice", "still there?"], 1, "client.not_delivered").await;
+    bob.fails(&["send", "alice", "still there?"], 1, "client.no_such_user").await;
 }
 
 #[tokio::test]
