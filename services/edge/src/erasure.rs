@@ -56,13 +56,14 @@ impl Work for Erase {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::VecDeque, sync::Mutex};
+    use std::collections::VecDeque;
 
     use qpq_domain::{AccountId, IdentityKey, Username};
     use qpq_ports::{
         Account, Claim, Credentials, Deletion, JobId, NewAccount, PasswordChange, PasswordChanged,
         Registration, StoreError, StoreResult,
     };
+    use tokio::sync::Mutex;
 
     use super::*;
 
@@ -98,7 +99,7 @@ mod tests {
         }
 
         async fn erase(&self, _: ErasureId, _: UnixMillis) -> StoreResult<Erasing> {
-            let next = self.0.lock().expect("no panic").pop_front();
+            let next = self.0.lock().await.pop_front();
             next.ok_or_else(|| StoreError::unavailable(std::io::Error::other("disk full")))
         }
     }
