@@ -47,7 +47,7 @@ const LOCK_INBOX: &str = "SELECT store_now() AS postgres FROM inbox WHERE id = $
 const LOCK_ACCOUNT: &str = "SELECT identity, username FROM account WHERE id = $1 FOR UPDATE";
 const REGISTRATIONS: &str = "SELECT id FROM device WHERE account = $1";
 
-const BURY: &str = "
+const STORE_TOMBSTONE: &str = "
     INSERT INTO tombstone (hash, until) VALUES ($1, $2)
     ON CONFLICT (hash) DO UPDATE SET until = excluded.until";
 
@@ -179,7 +179,7 @@ impl Statement for DeleteAccount {
         for (hash, until) in
             [(identity_tombstone(&identity), None), (name_tombstone(&skeleton), reserved_until)]
         {
-            sqlx::query(BURY).bind(hash).bind(until).execute(&mut *connection).await?;
+            sqlx::query(STORE_TOMBSTONE).bind(hash).bind(until).execute(&mut *connection).await?;
         }
         sqlx::query(ANONYMIZE).bind(account).execute(&mut *connection).await?;
         sqlx::query(DELETE_INBOX).bind(account).execute(&mut *connection).await?;
@@ -327,7 +327,7 @@ impl Erasure {
         step: &'static ErasureStep,
     ) -> sqlx::Result<i64> {
         let query = match step {
-            ErasureStep::DeleteRows(sql) | ErasureStep::BuryKeys(sql) => {
+            ErasureStep::DeleteRows(sql) | ErasureStep::RetireKeys(sql) => {
                 sqlx::query_scalar(sql.as_str()).bind(self.account)
             }
             ErasureStep::ForgetKey(sql) => {

@@ -627,7 +627,7 @@ pub(crate) enum ErasureStep {
     /// Removes the account from its groups.
     LeaveGroups,
     /// Replaces keys by tombstones: $1 account, $2 maximum rows. Returns the number of keys.
-    BuryKeys(String),
+    RetireKeys(String),
 }
 
 /// The statements of an erasure.
@@ -667,7 +667,7 @@ impl ErasureSteps {
                     }
                     Erased::Memberships => own.push(ErasureStep::LeaveGroups),
                     Erased::Keys { account, key } => {
-                        own.push(ErasureStep::BuryKeys(bury_keys(name, account, key)));
+                        own.push(ErasureStep::RetireKeys(retire_keys(name, account, key)));
                     }
                     Erased::RowsSentBy { inbox, sender } => {
                         in_inboxes.push(delete_sent_by(name, inbox, sender));
@@ -748,11 +748,12 @@ fn bury_identity(name: &str, key: &str) -> String {
 }
 
 fn bury_keys(name: &str, account: &str, key: &str) -> String {
+fn retire_keys(name: &str, account: &str, key: &str) -> String {
     format!(
         "WITH removed AS (
              DELETE FROM {name} WHERE {key} = ANY (ARRAY (
                  SELECT {key} FROM {name} WHERE {account} = $1 LIMIT $2)) RETURNING {key}),
-         buried AS (
+         tombstones AS (
              INSERT INTO tombstone (hash) SELECT sha256('qpq/key/1'::bytea || {key}) FROM removed
              ON CONFLICT DO NOTHING)
          SELECT count(*) FROM removed"

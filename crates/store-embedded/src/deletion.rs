@@ -45,7 +45,7 @@ static STEPS: LazyLock<ErasureSteps> = LazyLock::new(ErasureSteps::generate);
 const FIND_ACCOUNT: &str = "
     SELECT a.identity, a.username FROM account a JOIN inbox i ON i.id = a.id WHERE a.id = ?1";
 
-const BURY: &str = "
+const STORE_TOMBSTONE: &str = "
     INSERT INTO tombstone (hash, until) VALUES (?1, ?2)
     ON CONFLICT DO UPDATE SET until = excluded.until";
 
@@ -87,11 +87,13 @@ pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
         | ErasureStep::ForgetKey(sql)
         | ErasureStep::BuryIdentity(sql) => vec![sql.as_str()],
         ErasureStep::BuryKeys { find, delete } => vec![find.as_str(), delete.as_str()],
+        ErasureStep::DeleteRows(sql) | ErasureStep::ForgetPairs(sql) => vec![sql.as_str()],
+        ErasureStep::RetireKeys { find, delete } => vec![find.as_str(), delete.as_str()],
         ErasureStep::LeaveGroups => vec![],
     });
     let plain = [
         FIND_ACCOUNT,
-        BURY,
+        STORE_TOMBSTONE,
         ANONYMIZE,
         DELETE_INBOX,
         END_SESSIONS,
@@ -157,6 +159,9 @@ impl Statement for DeleteAccount {
         }
         bury(tx, &identity_tombstone(&identity), None).await?;
         bury(tx, &name_tombstone(&skeleton), Some(self.reserved_until)).await?;
+        let skeleton = Skeleton::of(row.try_get("username")?);
+        store_tombstone(tx, &identity_tombstone(&identity), None).await?;
+        store_tombstone(tx, &name_tombstone(&skeleton), Some(self.reserved_until)).await?;
         sqlx::query(ANONYMIZE).bind(account).execute(&mut *tx).await?;
         sqlx::query(DELETE_INBOX).bind(account).execute(&mut *tx).await?;
         let sessions = sqlx::query(END_SESSIONS).bind(account).fetch_all(&mut *tx).await?;
@@ -181,12 +186,12 @@ impl Statement for DeleteAccount {
 }
 
 /// Stores a tombstone until an instant, or permanently.
-async fn bury(
+async fn store_tombstone(
     tx: &mut SqliteConnection,
     hash: &[u8],
     until: Option<UnixMillis>,
 ) -> sqlx::Result<()> {
-    sqlx::query(BURY).bind(hash).bind(until.map(millis)).execute(tx).await.map(drop)
+    sqlx::query(STORE_TOMBSTONE).bind(hash).bind(until.map(millis)).execute(tx).await.map(drop)
 }
 
 /// Erases one batch.
@@ -300,12 +305,12 @@ impl Erasure {
             ErasureStep::LeaveGroups => {
                 groups::leave_groups(tx, AccountId(self.account), GROUPS).await
             }
-            ErasureStep::BuryKeys { find, delete } => {
+            ErasureStep::RetireKeys { find, delete } => {
                 let query = sqlx::query_scalar(find.as_str()).bind(self.account).bind(SWEEP_ROWS);
                 let keys: Vec<Vec<u8>> = query.fetch_all(&mut *tx).await?;
                 for key in &keys {
                     let raw = key[..].try_into().map_err(|_| NeverWritten("key"))?;
-                    bury(tx, &key_tombstone(raw), None).await?;
+                    store_tombstone(tx, &key_tombstone(raw), None).await?;
                     sqlx::query(delete.as_str()).bind(&key[..]).execute(&mut *tx).await?;
                 }
                 Ok(keys.len() as u64)

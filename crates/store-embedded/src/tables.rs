@@ -551,7 +551,7 @@ pub(crate) enum ErasureStep {
     LeaveGroups,
     /// Replaces keys by tombstones. `find` returns keys: ?1 account, ?2 maximum rows. `delete`
     /// deletes the row of the key ?1.
-    BuryKeys { find: String, delete: String },
+    RetireKeys { find: String, delete: String },
 }
 
 /// The statements of an erasure.
@@ -586,7 +586,7 @@ impl ErasureSteps {
                         own.push(ErasureStep::BuryIdentity(table.bury_identity(key)));
                     }
                     Erased::Memberships => own.push(ErasureStep::LeaveGroups),
-                    Erased::Keys { account, key } => own.push(table.bury_keys(account, key)),
+                    Erased::Keys { account, key } => own.push(table.retire_keys(account, key)),
                     Erased::RowsSentBy { inbox, sender } => {
                         in_inboxes.push(table.delete_sent_by(inbox, sender));
                     }
@@ -638,8 +638,9 @@ impl TableDescription {
     }
 
     fn bury_keys(&self, account: &str, key: &str) -> ErasureStep {
+    fn retire_keys(&self, account: &str, key: &str) -> ErasureStep {
         let name = self.name;
-        ErasureStep::BuryKeys {
+        ErasureStep::RetireKeys {
             find: format!("SELECT {key} FROM {name} WHERE {account} = ?1 LIMIT +?2"),
             delete: format!("DELETE FROM {name} WHERE {key} = ?1"),
         }
