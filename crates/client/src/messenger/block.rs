@@ -58,7 +58,7 @@ impl Messenger {
             .store()
             .change(move |state| {
                 state.block(&identity)?;
-                state.note_unsent(&identity, Change::Block)?;
+                state.note_block_unsent(&identity, Change::Block)?;
                 state.share(&Decision::Blocked(identity))?;
                 Ok(state.people.person(&identity)?)
             })
@@ -67,7 +67,8 @@ impl Messenger {
         Ok(person)
     }
 
-    /// Accepts messages of this person again; returns whether the person was blocked.
+    /// Accepts messages of this person again; returns whether the person was blocked. The server is
+    /// informed by [`Messenger::send_blocks`].
     ///
     /// Messages sent in between are lost, and so are the groups that this person added us to: the
     /// person has to add us again.
@@ -77,7 +78,7 @@ impl Messenger {
             .change(move |state| {
                 let was_blocked = state.unblock(&identity)?;
                 if was_blocked {
-                    state.note_unsent(&identity, Change::Unblock)?;
+                    state.note_block_unsent(&identity, Change::Unblock)?;
                     state.share(&Decision::Unblocked(identity))?;
                 }
                 Ok(was_blocked)
@@ -114,6 +115,7 @@ impl Messenger {
             self.store()
                 .change(move |state| Ok(state.note_change_sent(&identity, change)?))
                 .await?;
+            self.store().change(move |state| Ok(state.note_block_sent(&identity, change)?)).await?;
         }
         refused.map_or(Ok(()), |error| Err(error.into()))
     }
@@ -145,7 +147,11 @@ impl State {
     }
 
     /// Notes a change that the server does not know yet, in place of an earlier one.
-    fn note_unsent(&self, identity: &IdentityKey, change: Change) -> Result<(), DatabaseError> {
+    fn note_block_unsent(
+        &self,
+        identity: &IdentityKey,
+        change: Change,
+    ) -> Result<(), DatabaseError> {
         let row = unsent_row(identity, change);
         self.database().put(UNSENT_BLOCKS, identity.as_bytes(), None, &row)
     }
@@ -156,6 +162,7 @@ impl State {
         identity: &IdentityKey,
         change: Change,
     ) -> Result<(), DatabaseError> {
+    fn note_block_sent(&self, identity: &IdentityKey, change: Change) -> Result<(), DatabaseError> {
         let noted = self.database().get(UNSENT_BLOCKS, identity.as_bytes())?;
         if noted.is_some_and(|row| row[..] == unsent_row(identity, change)[..]) {
             self.database().delete(UNSENT_BLOCKS, identity.as_bytes())?;

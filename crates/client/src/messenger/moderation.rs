@@ -88,8 +88,13 @@ impl Messenger {
     /// Returns the channel of a group, in the form that requests have.
     async fn channel_of(&self, group: ConversationId) -> Result<bytes::Bytes, Error> {
         let id = group_of(group)?;
-        let known = self.store().read(move |state| Ok(state.server_group(&id)?)).await?;
-        let ServerGroup { channel, .. } = known.ok_or(Error::NoSuchConversation)?;
+        let channel = self
+            .store()
+            .read(move |state| match state.server_group(&id)? {
+                Some(ServerGroup { channel, .. }) => Ok(channel),
+                None => Ok(state.mls.group(&id)?.ok_or(Error::NoSuchConversation)?.channel),
+            })
+            .await?;
         Ok(channel.as_bytes().to_vec().into())
     }
 }

@@ -84,6 +84,7 @@ async fn messages_of_a_blocked_member_are_hidden_until_unblocked() {
     assert!(bob.unblock(mallorys).await.unwrap());
     assert!(!bob.unblock(mallorys).await.unwrap());
     assert!(bob.blocked().await.unwrap().is_empty());
+    bob.send_blocks().await.unwrap();
     mallory.send(group, "four").await.unwrap();
     assert_eq!(read(&bob).await, ["mallory: four"]);
 }

@@ -46,10 +46,10 @@ pub(crate) enum GroupCommand {
         group: String,
         /// The user, a member or not
         member: Username,
-        /// The reason, which the group's admins and the server can read
+        /// The reason, which admins and the server can read
         #[arg(long, default_value = "", hide_default_value = true)]
         reason: String,
-        /// The duration, such as 90s, 30m, 12h or 7d; without it the ban is permanent
+        /// The duration, such as 90s, 12h or 7d [default: no end]
         #[arg(long = "for", value_name = "DURATION")]
         duration: Option<BanDuration>,
     },

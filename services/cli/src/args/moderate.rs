@@ -23,7 +23,7 @@ pub(crate) enum ModerateCommand {
         /// The reason, which administrators can read
         #[arg(long, default_value = "", hide_default_value = true)]
         reason: String,
-        /// The duration, such as 90s, 30m, 12h or 7d; without it the ban is permanent
+        /// The duration, such as 90s, 12h or 7d [default: no end]
         #[arg(long = "for", value_name = "DURATION")]
         duration: Option<BanDuration>,
     },

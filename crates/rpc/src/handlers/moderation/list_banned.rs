@@ -44,7 +44,7 @@ fn listed(ban: Ban) -> v1::BannedUserEntry {
         identity_key: Bytes::copy_from_slice(ban.identity.as_bytes()),
         reason: ban.reason,
         banned_at: seconds(ban.banned_at),
-        // Rounded up, so that a ban with an end is never shown as a permanent one.
-        expires_at: ban.expires_at.map_or(0, |at| at.0.div_ceil(1_000).max(1)),
+        // 0 stands for a permanent ban.
+        expires_at: ban.expires_at.map_or(0, |at| seconds(at).max(1)),
     }
 }
