@@ -297,12 +297,12 @@ pub(crate) enum Command {
     },
     /// Refuse the messages of a user
     ///
-    /// The server refuses new messages from the user, and groups created by the user are
-    /// not joined. The user is not notified, and sees that messages are refused. Earlier
-    /// messages stay.
+    /// The server refuses new messages from the user, and groups created by the user
+    /// are not joined. The user is not notified, and sees that messages are refused.
+    /// Earlier messages stay.
     ///
-    /// Without a connection, the user is blocked on this machine. The server is informed
-    /// by the next `qpq recv`.
+    /// Without a connection, the user is blocked on this machine. The server is
+    /// informed by the next `qpq recv`.
     ///
     /// Examples:
     ///   qpq block mallory

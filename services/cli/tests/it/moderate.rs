@@ -21,7 +21,7 @@ async fn an_administrator_bans_a_user_until_the_ban_is_ended() {
     assert_eq!(until - at, 7 * 24 * 60 * 60 * 1_000);
     assert!(root.ok(&["moderate", "bans"]).await.starts_with("bob  until "));
 
-    bob.fails(&["send", "root", "hello"], 1, "auth.banned").await;
+    bob.fails(&["send", "root", "hello"], 3, "auth.session_expired").await;
     bob.fails(&["login"], 1, "auth.banned").await;
     root.ok(&["send", "bob", "calm down"]).await;
     root.fails(&["moderate", "ban", "root"], 1, "moderation.own_account").await;
