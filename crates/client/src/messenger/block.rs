@@ -107,7 +107,11 @@ impl Messenger {
                 Ok(_) => {}
                 // The account is deleted.
                 Err(error) if error.is_code("users.not_found") => {}
-                Err(error) if error.is_temporary() || error.is_unauthorized() => {
+                Err(error)
+                    if error.server().is_none()
+                        || error.is_temporary()
+                        || error.is_unauthorized() =>
+                {
                     return Err(error.into());
                 }
                 Err(error) => refused = Some(error),
