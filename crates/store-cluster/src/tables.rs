@@ -747,7 +747,6 @@ fn bury_identity(name: &str, key: &str) -> String {
     )
 }
 
-fn bury_keys(name: &str, account: &str, key: &str) -> String {
 fn retire_keys(name: &str, account: &str, key: &str) -> String {
     format!(
         "WITH removed AS (

@@ -86,8 +86,6 @@ pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
         ErasureStep::DeleteRows(sql)
         | ErasureStep::ForgetKey(sql)
         | ErasureStep::BuryIdentity(sql) => vec![sql.as_str()],
-        ErasureStep::BuryKeys { find, delete } => vec![find.as_str(), delete.as_str()],
-        ErasureStep::DeleteRows(sql) | ErasureStep::ForgetPairs(sql) => vec![sql.as_str()],
         ErasureStep::RetireKeys { find, delete } => vec![find.as_str(), delete.as_str()],
         ErasureStep::LeaveGroups => vec![],
     });
@@ -157,9 +155,6 @@ impl Statement for DeleteAccount {
         for sql in &STEPS.of_name {
             sqlx::query(sql.as_str()).bind(username).execute(&mut *tx).await?;
         }
-        bury(tx, &identity_tombstone(&identity), None).await?;
-        bury(tx, &name_tombstone(&skeleton), Some(self.reserved_until)).await?;
-        let skeleton = Skeleton::of(row.try_get("username")?);
         store_tombstone(tx, &identity_tombstone(&identity), None).await?;
         store_tombstone(tx, &name_tombstone(&skeleton), Some(self.reserved_until)).await?;
         sqlx::query(ANONYMIZE).bind(account).execute(&mut *tx).await?;

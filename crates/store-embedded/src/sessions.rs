@@ -91,9 +91,6 @@ impl Statement for Create {
         if bans::is_banned(tx, session.account, self.now).await? {
             return Ok(Done::keep(SessionCreation::Banned));
         }
-        // A token is 256 random bits, so the row with the token is of a repeat of the same
-        // creation.
-        let NewSession { token, session } = &self.0;
         // A token is 256 random bits, so a row with the token is of the same session, created by a
         // repeat. The row counts as affected, and does not change.
         let created = sqlx::query(

@@ -637,7 +637,6 @@ impl TableDescription {
         )
     }
 
-    fn bury_keys(&self, account: &str, key: &str) -> ErasureStep {
     fn retire_keys(&self, account: &str, key: &str) -> ErasureStep {
         let name = self.name;
         ErasureStep::RetireKeys {

@@ -116,9 +116,6 @@ impl Messenger {
                 }
                 Err(error) => refused = Some(error),
             }
-            self.store()
-                .change(move |state| Ok(state.note_change_sent(&identity, change)?))
-                .await?;
             self.store().change(move |state| Ok(state.note_block_sent(&identity, change)?)).await?;
         }
         refused.map_or(Ok(()), |error| Err(error.into()))
@@ -161,11 +158,6 @@ impl State {
     }
 
     /// Removes the note of a change, unless a later change has replaced it.
-    fn note_change_sent(
-        &self,
-        identity: &IdentityKey,
-        change: Change,
-    ) -> Result<(), DatabaseError> {
     fn note_block_sent(&self, identity: &IdentityKey, change: Change) -> Result<(), DatabaseError> {
         let noted = self.database().get(UNSENT_BLOCKS, identity.as_bytes())?;
         if noted.is_some_and(|row| row[..] == unsent_row(identity, change)[..]) {

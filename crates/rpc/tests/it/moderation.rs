@@ -103,7 +103,7 @@ impl User {
 async fn a_banned_user_is_logged_out_everywhere_and_cannot_log_in() {
     let server = server().await;
     let (root, bob, carol) =
-        (server.user("root").await, server.user("bob").await, server.user("carol").await);
+        (server.admin("root").await, server.user("bob").await, server.user("carol").await);
     let elsewhere = bob.elsewhere(&server);
     bob.send(&bob, b"a note").await;
     assert!(root.ok::<methods::BanUser>(ban(&bob)).await.success);
@@ -129,7 +129,7 @@ async fn a_banned_user_is_logged_out_everywhere_and_cannot_log_in() {
 #[tokio::test]
 async fn a_ban_ends_at_its_end_and_a_later_one_replaces_it() {
     let server = server().await;
-    let (root, bob) = (server.user("root").await, server.user("bob").await);
+    let (root, bob) = (server.admin("root").await, server.user("bob").await);
     root.ok::<methods::BanUser>(ban(&bob)).await;
     server.clock.advance(MINUTE);
     let later = v1::BanUserRequest { reason: "shorter".into(), duration_secs: 60, ..ban(&bob) };
@@ -161,7 +161,7 @@ async fn calls_that_wait_end_with_a_ban() {
     )
     .await;
     let waiters = waiters.expect("the stores were wrapped");
-    let (root, bob) = (server.user("root").await, server.user("bob").await);
+    let (root, bob) = (server.admin("root").await, server.user("bob").await);
     let waiting = bob.elsewhere(&server);
     let waiting = tokio::spawn(async move {
         let request = v1::FetchWaitRequest { timeout_ms: 60_000, ..Default::default() };
@@ -176,7 +176,7 @@ async fn calls_that_wait_end_with_a_ban() {
 async fn only_administrators_moderate_the_server() {
     let server = server().await;
     let (root, bob, carol) =
-        (server.user("root").await, server.user("bob").await, server.user("carol").await);
+        (server.admin("root").await, server.user("bob").await, server.user("carol").await);
     let refused = [
         bob.refused::<methods::BanUser>(ban(&carol)).await,
         bob.refused::<methods::UnbanUser>(unban(&carol)).await,
@@ -210,7 +210,7 @@ async fn only_administrators_moderate_the_server() {
 async fn unknown_keys_own_keys_and_administrators_are_not_banned() {
     let admins = ["root", "toor"].map(|name| Username::parse(name).expect("a name"));
     let server = Server::with(|config| config.admins = admins.into()).await;
-    let (root, toor) = (server.user("root").await, server.user("toor").await);
+    let (root, toor) = (server.admin("root").await, server.admin("toor").await);
     let unknown = Bytes::copy_from_slice(new_identity().as_bytes());
     let nobody = v1::BanUserRequest { identity_key: unknown.clone(), ..Default::default() };
     root.refused::<methods::BanUser>(nobody).await.assert(Status::NotFound, "users.not_found");
@@ -235,7 +235,7 @@ async fn unknown_keys_own_keys_and_administrators_are_not_banned() {
 async fn an_admin_of_a_group_bans_a_member_from_it() {
     let server = server().await;
     let (root, alice, bob, carol) = (
-        server.user("root").await,
+        server.admin("root").await,
         server.user("alice").await,
         server.user("bob").await,
         server.user("carol").await,
@@ -293,7 +293,7 @@ async fn an_admin_of_a_group_bans_a_member_from_it() {
 async fn reports_reach_the_administrators_newest_first() {
     let server = server().await;
     let (root, bob, carol) =
-        (server.user("root").await, server.user("bob").await, server.user("carol").await);
+        (server.admin("root").await, server.user("bob").await, server.user("carol").await);
     for (user, text) in [(&bob, b"one"), (&carol, b"two"), (&bob, b"one")] {
         assert!(user.ok::<methods::ReportMessage>(report(text)).await.accepted);
         server.clock.advance(MINUTE);
@@ -320,7 +320,7 @@ async fn reports_reach_the_administrators_newest_first() {
 #[tokio::test]
 async fn a_page_of_the_largest_reports_fits_an_answer() {
     let server = server().await;
-    let (root, bob) = (server.user("root").await, server.user("bob").await);
+    let (root, bob) = (server.admin("root").await, server.user("bob").await);
     let largest = |n: u8| v1::ReportMessageRequest {
         encrypted_report: vec![n; 32 << 10].into(),
         conversation_id: vec![n; 64].into(),

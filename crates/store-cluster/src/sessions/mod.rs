@@ -38,10 +38,8 @@ use crate::{
 };
 
 // A token is 256 random bits, so a row with the token is of the same session, created by a repeat.
-// Locks the account, so that a deletion either waits and ends the session, or is seen. A trigger
-// leaves out a session of a banned account.
-// The row counts as affected, and does not change.
-// Locks the account, so that a deletion either waits and ends the session, or is seen.
+// The row counts as affected, and does not change. Locks the account, so that a deletion either
+// waits and ends the session, or is seen. A trigger leaves out a session of a banned account.
 const CREATE: &str = "
     INSERT INTO session (token, account, device, authenticated_at, last_used_at, expires_at)
     SELECT $1, a.id, $3, $4, $5, $6 FROM account a WHERE a.id = $2 AND a.identity = $7
