@@ -3,7 +3,9 @@
 
 use std::num::NonZeroU32;
 
-use qpq_domain::{ChannelId, DeviceId, GroupId, IdentityKey, MAX_BATCH, MessageId, WrongLength};
+use qpq_domain::{
+    BlobId, ChannelId, DeviceId, GroupId, IdentityKey, MAX_BATCH, MessageId, WrongLength,
+};
 
 /// The refusal of a request field. The field's name is returned to the client, the reason is
 /// logged.
@@ -85,6 +87,11 @@ pub fn required_device_id(bytes: &[u8], field: &'static str) -> Result<DeviceId,
 
 /// Parses the id of a group: exactly 16 bytes.
 pub fn group_id(bytes: &[u8], field: &'static str) -> Result<GroupId, FieldError> {
+    parse(bytes, field)
+}
+
+/// Parses the id of a blob: exactly 32 bytes.
+pub fn blob_id(bytes: &[u8], field: &'static str) -> Result<BlobId, FieldError> {
     parse(bytes, field)
 }
 

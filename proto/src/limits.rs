@@ -85,6 +85,7 @@ pub enum LimitClass {
     Channel,
     Log,
     Blob,
+    BlobBytes,
     Device,
     Recovery,
     Endpoint,
@@ -103,7 +104,7 @@ struct Row {
 
 impl LimitClass {
     /// All classes, in the order of the documentation.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Health,
         Self::Session,
         Self::Register,
@@ -118,6 +119,7 @@ impl LimitClass {
         Self::Channel,
         Self::Log,
         Self::Blob,
+        Self::BlobBytes,
         Self::Device,
         Self::Recovery,
         Self::Endpoint,
@@ -224,6 +226,11 @@ impl LimitClass {
                 "blob",
                 "Uploads and downloads of chunks of up to 1 MiB.",
                 const { &[budget(Account, 600, 1_200, MINUTE)] },
+            ),
+            Self::BlobBytes => row(
+                "blob_bytes",
+                "Bytes of uploaded chunks; a chunk counts as at least 64 KiB.",
+                const { &[budget(Account, 256 << 20, 256 << 20, MINUTE)] },
             ),
             Self::Device => row(
                 "device",

@@ -73,7 +73,9 @@ pub enum RequestSize {
     Medium,
     /// A list of up to 10 000 seqs.
     List,
-    /// Messages, packages, chunks and bundles: the maximum of a frame.
+    /// One chunk of a blob.
+    Chunk,
+    /// Messages, packages and bundles: the maximum of a frame.
     Frame,
 }
 
@@ -84,6 +86,7 @@ impl RequestSize {
             Self::Small => 8 << 10,
             Self::Medium => 64 << 10,
             Self::List => 256 << 10,
+            Self::Chunk => (1 << 20) + (8 << 10),
             Self::Frame => 4 << 20,
         }
     }
@@ -94,6 +97,7 @@ impl RequestSize {
             Self::Small => "8 KiB",
             Self::Medium => "64 KiB",
             Self::List => "256 KiB",
+            Self::Chunk => "1032 KiB",
             Self::Frame => "4 MiB",
         }
     }
@@ -275,9 +279,9 @@ methods! {
     520 AuditKeyTransparency(AuditKeyTransparencyRequest) -> AuditKeyTransparencyResponse, Anonymous, Log, Standard, Small, Idempotent, later;
 
     /// Stores one chunk of a blob.
-    600 UploadBlob(UploadBlobRequest) -> UploadBlobResponse, Session, Blob, Blob, Frame, Idempotent, later;
+    600 UploadBlob(UploadBlobRequest) -> UploadBlobResponse, Session, Blob, Blob, Chunk, Idempotent, served;
     /// Reads one chunk of a blob.
-    601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, Small, Idempotent, later;
+    601 DownloadBlob(DownloadBlobRequest) -> DownloadBlobResponse, Session, Blob, Blob, Small, Idempotent, served;
 
     /// Registers a device, which reads the inbox at its own position from then on.
     700 RegisterDevice(RegisterDeviceRequest) -> RegisterDeviceResponse, Session, Device, Standard, Small, Idempotent, served;

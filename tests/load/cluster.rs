@@ -248,6 +248,7 @@ async fn store(cluster: &Cluster, namespace: &str) -> anyhow::Result<Config> {
         },
         timing: Timing::default(),
         clocks: qpq_store_cluster::Clocks::default(),
+        blobs: qpq_store_cluster::BlobPlaces::default(),
     })
 }
 

@@ -274,6 +274,31 @@ pub enum Error {
         /// The key that the directory has now.
         now: IdentityKey,
     },
+    /// The file is larger than a blob may be.
+    #[error("the file has {size} bytes, at most {max} can be sent")]
+    FileTooLarge {
+        /// The size of the file, in bytes.
+        size: u64,
+        /// The maximum size, in bytes.
+        max: u64,
+    },
+    /// The server no longer has the file.
+    #[error("the server no longer has the file")]
+    FileExpired,
+    /// The bytes on the server are not the file that the message describes.
+    #[error("the file on the server is not the one that was sent")]
+    FileForged,
+    /// There is a file of this name, which was not overwritten.
+    #[error("{} exists, and was not overwritten", .0.display())]
+    FileExists(PathBuf),
+    /// A file cannot be written.
+    #[error("{} cannot be written: {cause}", path.display())]
+    FileNotWritten {
+        /// The path of the file.
+        path: PathBuf,
+        /// The cause.
+        cause: String,
+    },
     /// Messages of this user are refused, so an answer would not be read.
     #[error("you have blocked {0}")]
     Blocked(Username),

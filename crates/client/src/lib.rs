@@ -29,6 +29,7 @@ mod call;
 mod client;
 mod dial;
 mod error;
+mod file_cipher;
 mod link;
 mod messenger;
 mod opaque;
@@ -44,11 +45,7 @@ pub use error::{
 pub use link::ConnectionEvent;
 pub use messenger::{
     ContactRequest, Conversation, ConversationId, ConversationKind, DeliveryState, Entry, EntryId,
-    Event, FIRST_DEVICE, GroupBan, GroupMember, InvalidLinkCode, InvalidRecoveryCode,
-    LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking, Listener, MAX_DEVICE_NAME,
-    MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, NewAccount, OwnDevice,
-    PasswordChanged, Person, RecoveryCheck, RecoveryCode, RecoveryStatus, Requests, Role,
-    SendOutcome, Sent, Standing,
+    Event, FIRST_DEVICE, GroupBan, GroupMember, InvalidLinkCode, InvalidRecoveryCode, LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking, Listener, MAX_DEVICE_NAME, MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, NewAccount, OwnDevice, PasswordChanged, Person, RecoveryCheck, RecoveryCode, RecoveryStatus, Requests, Role, SendOutcome, Sent, Standing, Existing, NewFile,
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
 pub use profile::{Profile, ProfileStatus};
@@ -57,6 +54,6 @@ pub use safety::{fingerprint, safety_number};
 pub use secret::{ExportKey, Password};
 
 pub use qpq_domain::{DeviceId, IdentityKey, Seq, SessionToken, UnixMillis, Username};
-pub use qpq_mls::{Error as MlsError, GroupId, Identity, vault::VaultKey};
+pub use qpq_mls::{Error as MlsError, GroupId, Identity, SharedFile, vault::VaultKey};
 pub use qpq_proto::{Method, ServerEvent, Status, methods, v1};
 pub use qpq_transport::{Fingerprint, ParseFingerprintError};

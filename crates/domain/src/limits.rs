@@ -12,6 +12,11 @@ pub const MAX_BATCH: usize = 1_000;
 
 /// The maximum length of a published endpoint, in bytes.
 pub const MAX_ENDPOINT: usize = 4_096;
+/// The largest chunk of an upload and the largest part of a download, in bytes.
+pub const MAX_BLOB_CHUNK: usize = 1 << 20;
+
+/// The maximum length of a blob's MIME type, in bytes.
+pub const MAX_MIME_TYPE: usize = 128;
 
 /// The limits of messages and inboxes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +142,37 @@ impl Default for KeyPackageLimits {
     }
 }
 
+/// The limits of blobs and their uploads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlobLimits {
+    /// The largest blob, in bytes.
+    pub max_bytes: u64,
+    /// The maximum size of the blobs and open uploads of one account, in bytes.
+    pub quota: u64,
+    /// The maximum number of open uploads of one account.
+    pub max_uploads: u32,
+    /// The maximum size of the open uploads of one account, in bytes.
+    pub max_staged: u64,
+    /// The time without a chunk after which an upload is removed.
+    pub upload_idle: Duration,
+    /// The lifetime of an account's reference to a blob after its last renewal.
+    pub lifetime: Duration,
+}
+
+impl Default for BlobLimits {
+    fn default() -> Self {
+        const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        Self {
+            max_bytes: 50 << 20,
+            quota: 1 << 30,
+            max_uploads: 4,
+            max_staged: 200 << 20,
+            upload_idle: DAY,
+            lifetime: DAY * 90,
+        }
+    }
+}
+
 /// The limits that a store enforces.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreLimits {
@@ -146,6 +182,8 @@ pub struct StoreLimits {
     pub key_packages: KeyPackageLimits,
     /// Limits of reports.
     pub reports: ReportLimits,
+    /// Limits of blobs.
+    pub blobs: BlobLimits,
 }
 
 #[cfg(test)]

@@ -21,6 +21,49 @@ pub struct Content {
     pub text: String,
     /// SHA-256 of the message that this one repeats, for a receiver that could not read the first.
     pub repeats: Option<[u8; 32]>,
+    /// The file that the message is about. The text may be empty then.
+    pub file: Option<SharedFile>,
+}
+
+/// A file that was uploaded as an encrypted blob. All of it is a claim of the sender.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SharedFile {
+    /// The name, without directories.
+    pub name: String,
+    /// The size in bytes.
+    pub size: u64,
+    /// The MIME type; may be empty.
+    pub mime: String,
+    /// The id of the blob: the SHA-256 of the encrypted file.
+    pub blob: [u8; 32],
+    /// The key that the file is encrypted with.
+    pub key: [u8; 32],
+    /// The width and the height in pixels, if the file is a picture.
+    pub picture: Option<(u32, u32)>,
+}
+
+impl SharedFile {
+    /// The maximum length of a name, in bytes.
+    pub const MAX_NAME: usize = 255;
+    /// The maximum length of a MIME type, in bytes.
+    pub const MAX_MIME: usize = 128;
+
+    /// Encodes the file as in a message.
+    pub fn encode(&self) -> Vec<u8> {
+        EncodedFile::from(self).encode_to_vec()
+    }
+
+    /// Decodes a file; `None` if the bytes are not a file. Unknown fields are ignored.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        EncodedFile::decode(bytes).ok()?.into_file()
+    }
+}
+
+impl fmt::Debug for SharedFile {
+    /// Omits the name and the key, which must not appear in logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedFile").field("size", &self.size).finish_non_exhaustive()
+    }
 }
 
 /// The content of an application message.
@@ -94,6 +137,55 @@ struct Encoded {
     id: Vec<u8>,
     #[prost(bytes = "vec", optional, tag = "4")]
     repeats: Option<Vec<u8>>,
+    #[prost(message, optional, tag = "5")]
+    file: Option<EncodedFile>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct EncodedFile {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(uint64, tag = "2")]
+    size: u64,
+    #[prost(string, tag = "3")]
+    mime: String,
+    #[prost(bytes = "vec", tag = "4")]
+    blob: Vec<u8>,
+    #[prost(bytes = "vec", tag = "5")]
+    key: Vec<u8>,
+    #[prost(uint32, tag = "6")]
+    width: u32,
+    #[prost(uint32, tag = "7")]
+    height: u32,
+}
+
+impl From<&SharedFile> for EncodedFile {
+    fn from(file: &SharedFile) -> Self {
+        let (width, height) = file.picture.unwrap_or_default();
+        Self {
+            name: file.name.clone(),
+            size: file.size,
+            mime: file.mime.clone(),
+            blob: file.blob.to_vec(),
+            key: file.key.to_vec(),
+            width,
+            height,
+        }
+    }
+}
+
+impl EncodedFile {
+    fn into_file(self) -> Option<SharedFile> {
+        let (width, height) = (self.width, self.height);
+        Some(SharedFile {
+            name: self.name,
+            size: self.size,
+            mime: self.mime,
+            blob: self.blob.try_into().ok()?,
+            key: self.key.try_into().ok()?,
+            picture: (width > 0 && height > 0).then_some((width, height)),
+        })
+    }
 }
 
 impl Content {
@@ -103,6 +195,7 @@ impl Content {
             sent_at: self.sent_at,
             id: self.id.to_vec(),
             repeats: self.repeats.map(|digest| digest.to_vec()),
+            file: self.file.as_ref().map(EncodedFile::from),
         };
         let mut bytes = vec![VERSION];
         encoded.encode(&mut bytes).expect("a Vec grows as needed");
@@ -115,11 +208,16 @@ impl Content {
         let (&VERSION, protobuf) = bytes.split_first()? else { return None };
         let encoded = Encoded::decode(protobuf).ok()?;
         let repeats = encoded.repeats.map(|digest| digest.try_into()).transpose().ok()?;
+        let file = match encoded.file {
+            Some(file) => Some(file.into_file()?),
+            None => None,
+        };
         Some(Self {
             id: encoded.id.try_into().ok()?,
             sent_at: encoded.sent_at,
             text: encoded.text,
             repeats,
+            file,
         })
     }
 }
@@ -134,7 +232,33 @@ mod tests {
             sent_at: 1_700_000_000_000,
             text: "hallo, wëlt".into(),
             repeats: Some([9; 32]),
+            file: None,
         }
+    }
+
+    fn file() -> SharedFile {
+        SharedFile {
+            name: "photo.jpg".into(),
+            size: 1_300_000,
+            mime: "image/jpeg".into(),
+            blob: [1; 32],
+            key: [2; 32],
+            picture: Some((640, 480)),
+        }
+    }
+
+    #[test]
+    fn a_file_is_decoded_as_it_was_encoded_and_a_malformed_one_is_refused() {
+        for picture in [None, Some((640, 480))] {
+            let file = SharedFile { picture, ..file() };
+            assert_eq!(SharedFile::decode(&file.encode()), Some(file.clone()));
+            let content = Content { file: Some(file), ..content() };
+            assert_eq!(Content::decode(&content.encode()), Some(content));
+        }
+        let short = EncodedFile { key: vec![2; 31], ..EncodedFile::from(&file()) };
+        assert_eq!(SharedFile::decode(&short.encode_to_vec()), None);
+        let shown = format!("{:?}", file());
+        assert_eq!(shown, "SharedFile { size: 1300000, .. }");
     }
 
     #[test]
@@ -164,7 +288,7 @@ mod tests {
 
     #[test]
     fn content_with_an_id_of_the_wrong_length_is_not_decoded() {
-        let encoded = Encoded { text: String::new(), sent_at: 0, id: vec![1; 15], repeats: None };
+        let encoded = Encoded { id: vec![1; 15], ..Encoded::default() };
         let bytes = [&[VERSION][..], &encoded.encode_to_vec()].concat();
         assert_eq!(Content::decode(&bytes), None);
     }

@@ -71,7 +71,7 @@ mod vectors;
 mod waiting;
 
 pub use client::{Change, Client, Commit, NewMember, Parcel};
-pub use content::Content;
+pub use content::{Content, SharedFile};
 pub use error::Error;
 pub use identity::{Identity, Member};
 pub use leaf::{Device, DeviceDescription, MemberDevice};

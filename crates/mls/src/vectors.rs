@@ -171,6 +171,7 @@ fn contents_are_as_in_the_vectors() {
             sent_at: vector.sent_at,
             text: vector.text,
             repeats: vector.repeats.map(|digest| digest.array()),
+            file: None,
         };
         assert_eq!(text.encode(), vector.content.0);
         assert_eq!(MessageContent::decode(&vector.content.0), Some(MessageContent::Text(text)));

@@ -16,6 +16,7 @@ mod bans;
 #[cfg(feature = "admission")]
 pub mod batcher;
 mod blocks;
+mod blobs;
 mod clock;
 #[cfg(feature = "conformance")]
 #[expect(missing_docs, reason = "the name of a rule states it")]
@@ -50,6 +51,10 @@ pub use bans::{
     Ban, BanEffects, BanRefusal, BanScope, Bans, ModerationRight, Moderator, NewBan, Unban,
 };
 pub use blocks::{Blocking, Blocks, Unblocking};
+pub use blobs::{
+    BlobFinish, BlobOwner, BlobPart, BlobRange, BlobState, Blobs, ChunkOutcome, Collected,
+    NewChunk, Unreference,
+};
 pub use clock::{Clock, SystemClock};
 pub use deletion::{
     CALLS_ENDED, Deletion, ERASE, Erasing, ErasureId, NAME_RESERVED, identity_tombstone,
@@ -116,6 +121,8 @@ pub struct Stores {
     pub audit: Arc<dyn Audit>,
     /// Recovery bundles.
     pub recovery_bundles: Arc<dyn RecoveryBundles>,
+    /// Blobs and their uploads.
+    pub blobs: Arc<dyn Blobs>,
     /// Rate limits.
     pub limiter: Arc<dyn RateLimiter>,
     /// Account events between edges.

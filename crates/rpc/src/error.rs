@@ -258,6 +258,24 @@ errors! {
     /// The value is the time until the next fetch.
     BundleFetchesUsedUp(Duration) => RateLimited "recovery.fetch_limit" WARN
         "A recovery bundle can be fetched 10 times a day. Try again later.";
+    BlobNotFound => NotFound "blob.not_found" DEBUG
+        "There is no such blob.";
+    BlobGap => BadRequest "blob.gap" DEBUG
+        "The chunk begins after the bytes that the server has. An empty chunk returns their number.";
+    BlobOtherBytes => BadRequest "blob.other_bytes" DEBUG
+        "The server has other bytes at this position. Send the same bytes, or another hash.";
+    BlobOtherSize => BadRequest "blob.other_size" DEBUG
+        "The blob was begun with another total size.";
+    BlobTooLarge => BadRequest "blob.too_large" DEBUG
+        "The blob is larger than this server accepts.";
+    BlobHashMismatch => BadRequest "blob.hash_mismatch" DEBUG
+        "The bytes do not have this hash. The upload was removed.";
+    BlobQuota => Forbidden "blob.quota_exceeded" DEBUG
+        "The account's blobs and uploads would exceed its quota.";
+    BlobUploadsFull => RateLimited "blob.too_many_uploads" DEBUG
+        "The account has the maximum of open uploads. Finish one of them first.";
+    BlobInProgress => Unavailable "blob.in_progress" DEBUG
+        "Another call completes this upload now. Wait and try again.";
 
     UserNotFound => NotFound "users.not_found" DEBUG
         "There is no such account.";
@@ -293,7 +311,9 @@ impl Code {
             Self::Conflict => Some(Duration::from_millis(50)),
             Self::Overloaded => Some(Duration::from_millis(500)),
             Self::QueueFull | Self::SenderShare => Some(Duration::from_secs(10)),
-            Self::KeyPackagesFull | Self::OlderEdges => Some(Duration::from_secs(60)),
+            Self::KeyPackagesFull | Self::OlderEdges | Self::BlobUploadsFull => {
+                Some(Duration::from_secs(60))
+            }
             _ => match self.status() {
                 Status::RateLimited | Status::Unavailable => Some(Duration::from_secs(1)),
                 _ => None,

@@ -138,6 +138,7 @@ impl World {
             limits: StoreLimits::default(),
             timing: Timing::default(),
             clocks: Clocks::default(),
+            blobs: qpq_store_cluster::BlobPlaces::default(),
         };
         qpq_store_cluster::migrate(&config).await?;
         postgres.sql_in(DATABASE, ACCOUNTS).await?;

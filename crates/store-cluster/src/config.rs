@@ -3,6 +3,7 @@
 
 use std::{fmt, fs, path::PathBuf, time::Duration};
 
+use qpq_blob_store::BucketConfig;
 use qpq_domain::{Choice, StoreLimits};
 use rustls::{
     RootCertStore,
@@ -42,6 +43,25 @@ pub struct Config {
     pub timing: Timing,
     /// The clocks of the edge.
     pub clocks: Clocks,
+    /// The places of the bytes of blobs.
+    pub blobs: BlobPlaces,
+}
+
+/// The places of the bytes of blobs. Chunks of uploads are in Postgres in any case.
+#[derive(Clone, Debug)]
+pub struct BlobPlaces {
+    /// The bucket for blobs that are larger than `small`.
+    pub bucket: Option<BucketConfig>,
+    /// The size of the largest blob that stays in Postgres although there is a bucket.
+    pub small: u64,
+    /// The size of the largest blob without a bucket.
+    pub max_without_bucket: u64,
+}
+
+impl Default for BlobPlaces {
+    fn default() -> Self {
+        Self { bucket: None, small: 64 << 10, max_without_bucket: 16 << 20 }
+    }
 }
 
 /// The address and the credentials of one server.

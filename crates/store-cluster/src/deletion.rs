@@ -15,7 +15,7 @@ use std::{collections::HashSet, mem, sync::LazyLock};
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, TokenHash, UnixMillis};
 use qpq_ports::{
-    CALLS_ENDED, Deletion, Endpoints as _, Erasing, ErasureId, NAME_RESERVED, StoreError,
+    Blobs as _, CALLS_ENDED, Deletion, Endpoints as _, Erasing, ErasureId, NAME_RESERVED, StoreError,
     StoreResult, identity_tombstone, name_tombstone,
 };
 use sqlx::{PgConnection, Row as _};
@@ -65,6 +65,7 @@ const END_SESSIONS: &str = "DELETE FROM session WHERE account = $1 RETURNING tok
 const BEGIN: &str = "
     INSERT INTO erasure (id, account, identity, deleted_at) VALUES ($1, $2, $3, $4)";
 
+const ACCOUNT: &str = "SELECT account FROM erasure WHERE id = $1";
 const FIND: &str = "
     SELECT account, identity, deleted_at, begun_at, after, store_now() AS postgres
       FROM erasure WHERE id = $1 FOR UPDATE";
@@ -122,6 +123,12 @@ impl ClusterStore {
         erasure: ErasureId,
         now: UnixMillis,
     ) -> StoreResult<Erasing> {
+        // The blobs first, whose bytes may be in the bucket.
+        if let Some(account) = self.inner.database.run(&ErasedAccount(erasure)).await?
+            && self.release(account, now).await? > 0
+        {
+            return Ok(Erasing::More);
+        }
         let Erased { progress, sessions, identity } =
             self.inner.database.run(&Erase { erasure, now }).await?;
         let effects = Effects { ended_sessions: sessions, ..Effects::default() };
@@ -131,6 +138,25 @@ impl ClusterStore {
             let _ = self.remove(&identity).await;
         }
         Ok(progress)
+    }
+}
+
+/// Returns the account of an erasure; `None` once the erasure is done.
+struct ErasedAccount(ErasureId);
+
+impl Statement for ErasedAccount {
+    type Output = Option<AccountId>;
+
+    const REPEAT: Repeat = Repeat::Harmless;
+    const SCOPE: Scope = Scope::Statement;
+
+    fn name(&self) -> &'static str {
+        "erased_account"
+    }
+
+    async fn run(&self, connection: &mut PgConnection) -> sqlx::Result<Self::Output> {
+        let query = sqlx::query_scalar(ACCOUNT).bind(&self.0.as_bytes()[..]);
+        Ok(query.fetch_optional(connection).await?.map(AccountId))
     }
 }
 

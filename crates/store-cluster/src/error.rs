@@ -236,4 +236,6 @@ pub enum ConnectError {
         "this edge's OPAQUE setup is not the cluster's: accounts that registered with one cannot log in with the other. Use the directory that `qpq-admin init` created for this cluster"
     )]
     OtherCluster,
+    #[error("the bucket of blobs cannot be used ({0}): correct the settings in the section blobs")]
+    Bucket(String),
 }

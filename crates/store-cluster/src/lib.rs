@@ -13,7 +13,7 @@
 //!   statements.
 //! - `inboxes`, `wakes`: the path of a message. `accounts` with `deletion`, `sessions`, `devices`,
 //!   `groups`, `bans`, `blocks`, `reports`, `audit`, `keys`, `limiter`, `account_events`,
-//!   `maintenance`, `jobs`: one port each.
+//!   `maintenance`, `jobs`, `blobs`: one port each.
 //! - `history`: detects a Postgres that has returned to an earlier state; `time`: the clocks of the
 //!   edge and of Postgres; `operate`: the connection for backups and restores.
 
@@ -22,6 +22,7 @@ mod accounts;
 mod audit;
 mod bans;
 mod blocks;
+mod blobs;
 mod config;
 mod deletion;
 mod devices;
@@ -53,7 +54,7 @@ mod tables;
 mod time;
 mod wakes;
 
-pub use config::{Config, Endpoint, Migrate, Timing};
+pub use config::{BlobPlaces, Config, Endpoint, Migrate, Timing};
 pub use error::ConnectError;
 pub use history::begin_history;
 pub use import::{Import, ImportError};
@@ -62,5 +63,6 @@ pub use invites::operator_invites;
 pub use jobs::operator_jobs;
 pub use operate::{BEGIN_HISTORY, DatabaseSnapshot, Operator, client_environment};
 pub use postgres::migrate;
+pub use qpq_blob_store::BucketConfig;
 pub use store::ClusterStore;
 pub use time::Clocks;

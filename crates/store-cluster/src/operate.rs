@@ -7,7 +7,9 @@ use sqlx::{
     postgres::{PgConnectOptions, PgSslMode},
 };
 
-use crate::{Config, ConnectError, error::Server, history, nats, postgres, redis};
+use crate::{
+    Config, ConnectError, blobs::BlobStore, error::Server, history, nats, postgres, redis,
+};
 
 /// The statements that begin another history at the end of a restore, in the transaction that
 /// restores the tables. The second one returns the number of removed KeyPackages, the third one the
@@ -25,6 +27,7 @@ impl Config {
             self.redis.authorities(Server::Redis).map(drop),
             nats::check_urls(self),
             self.nats.authorities(Server::Nats).map(drop),
+            BlobStore::new(&self.blobs).map(drop),
         ];
         checks.into_iter().filter_map(Result::err).collect()
     }

@@ -13,6 +13,7 @@ use tokio::{
 
 use crate::{
     Config, ConnectError,
+    blobs::BlobStore,
     effects::Applier,
     error::Server,
     groups::GroupSenders,
@@ -67,6 +68,7 @@ pub(crate) struct Inner {
     pub(crate) wakes: WakeRegistry,
     pub(crate) applier: Applier,
     pub(crate) sweep_sizes: SweepSizes,
+    pub(crate) blobs: BlobStore,
     /// Time between two checks of whether NATS delivers account events.
     pub(crate) event_interval: Duration,
     tasks: Mutex<JoinSet<()>>,
@@ -79,20 +81,21 @@ impl ClusterStore {
         metrics::describe();
         let edge = EdgeId::random();
         let timeout = config.start_timeout;
+        let blobs = BlobStore::new(&config.blobs)?;
         let (database, history, time) = open_database(config).await?;
         let connect = |within| Server::Redis.answers(within, Redis::connect(config));
         let redis = retrying(timeout, connect).await?;
         let connect = |within| Server::Nats.answers(within, Bus::connect(config, &edge));
         let bus = retrying(timeout, connect).await?;
-        Ok(Self::start(config, edge, (database, history, time), redis, bus))
+        Ok(Self::start(config, edge, (database, history, time), (redis, bus), blobs))
     }
 
     fn start(
         config: &Config,
         edge: EdgeId,
         (database, history, time): (Database, History, Time),
-        redis: Redis,
-        bus: Bus,
+        (redis, bus): (Redis, Bus),
+        blobs: BlobStore,
     ) -> Self {
         let (limits, timing) = (config.limits, &config.timing);
         let delivery = limits.delivery;
@@ -127,6 +130,7 @@ impl ClusterStore {
             opaque_setup: config.opaque_setup,
             time_is_injected: config.clocks.edge.is_none(),
             sweep_sizes: SweepSizes::default(),
+            blobs,
             event_interval: (timing.session_cache / 3).max(Duration::from_millis(100)),
             tasks: Mutex::new(tasks),
         };
@@ -157,6 +161,7 @@ impl ClusterStore {
             blocks: Arc::clone(&store) as _,
             audit: Arc::clone(&store) as _,
             recovery_bundles: store.clone(),
+            blobs: Arc::clone(&store) as _,
             limiter: Arc::clone(&store) as _,
             account_events: Arc::clone(&store) as _,
             jobs: Arc::new(JobQueue::new(self.inner.database.clone())),

@@ -40,6 +40,9 @@ pub(crate) enum Erased {
     BlocksOf(&'static str),
     /// The identity key in the column is replaced by its tombstone.
     KeyIn(&'static str),
+    /// The rows of the account are removed with the references to blobs and the bytes of uploads
+    /// (`blobs`), before all others.
+    BlobsOf(&'static str),
     /// The account leaves its groups, as by RemoveMember (`groups`).
     Memberships,
     /// The rows of the account are deleted. Their keys become tombstones.
@@ -114,6 +117,8 @@ enum Role {
     /// Neither moved nor in canonical rows: a value that is computed later from other columns, or a
     /// column of a table that is not moved.
     Local,
+    /// The number of an account, in a table that is not moved.
+    LocalAccount,
 }
 
 const fn column(name: &'static str, role: Role) -> Column {
@@ -447,6 +452,57 @@ static TABLES: &[TableDescription] = &[
         erased: &[Erased::With("message")],
         columns: &[local("id"), local("refs"), local("bytes")],
     },
+    // Blobs are not moved: the bytes of those of a single node are in files.
+    TableDescription {
+        name: "blob",
+        content: Content::Local,
+        erased: &[Erased::With("blob_ref")],
+        columns: &[local("hash"), local("object"), local("place"), local("size")],
+    },
+    TableDescription {
+        name: "blob_ref",
+        content: Content::Local,
+        erased: &[Erased::BlobsOf("account")],
+        columns: &[
+            column("account", Role::LocalAccount),
+            local("hash"),
+            local("mime"),
+            local("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "upload",
+        content: Content::Local,
+        erased: &[Erased::BlobsOf("account")],
+        columns: &[
+            column("account", Role::LocalAccount),
+            local("hash"),
+            local("object"),
+            local("size"),
+            local("received"),
+            local("mime"),
+            local("expires_at"),
+            local("finishing_until"),
+        ],
+    },
+    TableDescription {
+        name: "blob_chunk",
+        content: Content::Local,
+        erased: &[Erased::With("upload")],
+        columns: &[local("object"), local("start"), local("bytes")],
+    },
+    TableDescription {
+        name: "blob_quota",
+        content: Content::Local,
+        erased: &[Erased::RowsOf("account")],
+        columns: &[column("account", Role::LocalAccount), local("used")],
+    },
+    TableDescription {
+        name: "blob_trash",
+        content: Content::Local,
+        erased: &[Erased::Nothing],
+        columns: &[local("object"), local("place"), local("not_before"), local("removing")],
+    },
     TableDescription {
         name: "cluster",
         content: Content::Local,
@@ -500,7 +556,7 @@ impl TableDescription {
                     continue;
                 }
                 Role::Set(expression) => (*expression).to_owned(),
-                Role::Local => continue,
+                Role::Local | Role::LocalAccount => continue,
             };
             names.push(*name);
             values.push(value);
@@ -556,7 +612,7 @@ impl TableDescription {
                     (moved, key) = (format!("import_{}", self.name), ("moved", *name));
                 }
                 Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
-                Role::RowNumber | Role::Set(_) | Role::Local => {}
+                Role::RowNumber | Role::Set(_) | Role::Local | Role::LocalAccount => {}
             }
         }
         let (cells, name) = (cells.join(", "), self.name);
@@ -678,7 +734,11 @@ impl ErasureSteps {
                     Erased::RowsNaming(column) => {
                         of_name.push(format!("DELETE FROM {name} WHERE {column} = $1"));
                     }
-                    Erased::Last | Erased::With(_) | Erased::Tombstones | Erased::Nothing => {}
+                    Erased::Last
+| Erased::BlobsOf(_)
+| Erased::With(_)
+| Erased::Tombstones
+| Erased::Nothing => {}
                 }
             }
         }

@@ -17,14 +17,15 @@ use futures_util::TryStreamExt as _;
 use qpq_ports::transfer::sha256;
 use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, Row as _, SqliteConnection,
-    sqlite::SqliteConnectOptions,
+    sqlite::{SqliteConnectOptions, SqliteRow},
 };
 
 use crate::{
     directory,
-    files::{DATABASE_FILE, RESTORING_FILE, TRANSFERRED_FILE},
+    files::{DATABASE_FILE, RESTORING_FILE, TRANSFERRED_FILE, blob_path},
     open::ROWS_AHEAD,
     open_error::{OpenError, failed as open_failed},
+    row::Columns as _,
     schema,
 };
 
@@ -123,15 +124,7 @@ pub async fn copy_database(data_dir: &Path, to: &Path) -> Result<(), BackupError
 /// using. Writes nothing.
 pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
     let failed = |error: sqlx::Error| BackupError::Copied(open_failed(path, &error));
-    let mut connection = SqliteConnectOptions::new()
-        .filename(path)
-        .read_only(true)
-        .immutable(true)
-        .row_buffer_size(ROWS_AHEAD)
-        .disable_statement_logging()
-        .connect()
-        .await
-        .map_err(failed)?;
+    let mut connection = connect_to_copy(path).await.map_err(failed)?;
     let schema = schema::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
     let damages = damages(&mut connection, schema).await.map_err(failed)?;
     if !damages.is_empty() {
@@ -144,6 +137,55 @@ pub async fn inspect(path: &Path) -> Result<Inspection, BackupError> {
     // Nothing was written, so a failure loses nothing.
     let _ = connection.close().await;
     Ok(Inspection { schema, store_id, rows })
+}
+
+/// The file with the bytes of a blob.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlobFile {
+    /// The path in the data directory.
+    pub path: PathBuf,
+    /// The size in bytes.
+    pub bytes: u64,
+    /// The SHA-256 of the content.
+    pub sha256: [u8; 32],
+}
+
+/// Returns the files of all blobs in the database file `path`, which no process may be using. The
+/// files of open uploads are not among them: after a restore, these uploads start again.
+pub async fn blob_files(path: &Path) -> Result<Vec<BlobFile>, BackupError> {
+    let failed = |error: sqlx::Error| BackupError::Copied(open_failed(path, &error));
+    let mut connection = connect_to_copy(path).await.map_err(failed)?;
+    let schema = schema::check_known(&mut connection, path).await.map_err(BackupError::Copied)?;
+    if schema < BLOBS {
+        return Ok(Vec::new());
+    }
+    let rows = sqlx::query("SELECT hash, object, size FROM blob ORDER BY object")
+        .fetch_all(&mut connection)
+        .await
+        .map_err(failed)?;
+    // Nothing was written, so a failure loses nothing.
+    let _ = connection.close().await;
+    let file = |row: &SqliteRow| {
+        let object: &str = row.try_get("object")?;
+        Ok(BlobFile {
+            path: blob_path(Path::new(""), object),
+            bytes: row.unsigned("size")?,
+            sha256: row.hash("hash")?,
+        })
+    };
+    rows.iter().map(file).collect::<sqlx::Result<_>>().map_err(failed)
+}
+
+/// Connects to a database file that no process is using, for reading.
+async fn connect_to_copy(path: &Path) -> sqlx::Result<SqliteConnection> {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        .immutable(true)
+        .row_buffer_size(ROWS_AHEAD)
+        .disable_statement_logging()
+        .connect()
+        .await
 }
 
 async fn store_id(connection: &mut SqliteConnection) -> sqlx::Result<String> {
@@ -236,6 +278,32 @@ const RULES_OF_SHARED: [(&str, &str); 4] = [
     ),
 ];
 
+/// The number of the migration that created the tables of blobs.
+const BLOBS: i64 = 15;
+
+/// The rules of blobs.
+const RULES_OF_BLOBS: [(&str, &str); 3] = [
+    (
+        "blobs without a reference",
+        "SELECT count(*) FROM blob b
+          WHERE NOT EXISTS (SELECT 1 FROM blob_ref r WHERE r.hash = b.hash)",
+    ),
+    (
+        "accounts whose used quota is not the size of their blobs and uploads",
+        "SELECT count(*) FROM account a
+          WHERE coalesce((SELECT used FROM blob_quota q WHERE q.account = a.id), 0) <>
+                coalesce((SELECT sum(b.size) FROM blob_ref r JOIN blob b ON b.hash = r.hash
+                           WHERE r.account = a.id), 0) +
+                coalesce((SELECT sum(u.size) FROM upload u WHERE u.account = a.id), 0)",
+    ),
+    (
+        "files with several uses",
+        "SELECT count(*) FROM (
+             SELECT object FROM blob UNION ALL SELECT object FROM upload
+             UNION ALL SELECT object FROM blob_trash) GROUP BY object HAVING count(*) > 1 LIMIT 1",
+    ),
+];
+
 /// Payloads with their stored hashes, and the number of their messages.
 const HASHES_OF_OWN: &str = "SELECT payload, payload_sha256, 1 FROM message";
 const HASHES_OF_SHARED: &str = "
@@ -264,8 +332,10 @@ async fn damages(connection: &mut SqliteConnection, schema: i64) -> sqlx::Result
     } else {
         (&RULES_OF_SHARED, HASHES_OF_SHARED)
     };
-    for (rule, sql) in RULES.iter().chain(rules).copied() {
-        let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut *connection).await?;
+    let of_blobs: &[_] = if schema < BLOBS { &[] } else { &RULES_OF_BLOBS };
+    for (rule, sql) in RULES.iter().chain(rules).chain(of_blobs).copied() {
+        let broken: Option<i64> = sqlx::query_scalar(sql).fetch_optional(&mut *connection).await?;
+        let broken = broken.unwrap_or_default();
         if broken > 0 {
             damages.push(format!("{broken} {rule}"));
         }

@@ -13,14 +13,14 @@ use std::{sync::LazyLock, time::Duration};
 
 use qpq_domain::{AccountId, IdentityKey, Skeleton, UnixMillis};
 use qpq_ports::{
-    CALLS_ENDED, Deletion, Erasing, ErasureId, NAME_RESERVED, StoreResult, View,
+    Blobs as _, CALLS_ENDED, Deletion, Erasing, ErasureId, NAME_RESERVED, StoreResult, View,
     identity_tombstone, key_tombstone, name_tombstone,
 };
 use sqlx::{Row as _, SqliteConnection};
 
 use crate::{
     effects::Effects,
-    error::NeverWritten,
+    error::{NeverWritten, read_failed},
     groups, jobs,
     messages::remove::SWEEP_ROWS,
     row::{Columns as _, millis},
@@ -62,6 +62,7 @@ const BEGIN: &str = "
     INSERT INTO erasure (id, account, identity, deleted_at) VALUES (randomblob(16), ?1, ?2, ?3)
     RETURNING id";
 
+const ACCOUNT: &str = "SELECT account FROM erasure WHERE id = ?1";
 const FIND: &str =
     "SELECT account, identity, deleted_at, begun_at, after FROM erasure WHERE id = ?1";
 const MOVE: &str = "UPDATE erasure SET begun_at = ?2, after = ?3 WHERE id = ?1";
@@ -96,6 +97,7 @@ pub(crate) fn statements() -> impl Iterator<Item = &'static str> {
         DELETE_INBOX,
         END_SESSIONS,
         BEGIN,
+        ACCOUNT,
         FIND,
         MOVE,
         NEXT_INBOXES,
@@ -125,12 +127,27 @@ impl EmbeddedStore {
         erasure: ErasureId,
         now: UnixMillis,
     ) -> StoreResult<Erasing> {
+        // The blobs first, whose bytes are in files.
+        if let Some(account) = self.erased_account(erasure).await?
+            && self.release(account, now).await? > 0
+        {
+            return Ok(Erasing::More);
+        }
         let now = self.memory.clock.believed(now);
         match self.writer.run(Erase { erasure, now }).await? {
             // The truncation is repeated with the job, until it succeeds.
             Erasing::Done if !self.writer.truncate_log().await? => Ok(Erasing::WaitFor(LOG_IN_USE)),
             progress => Ok(progress),
         }
+    }
+}
+
+impl EmbeddedStore {
+    /// Returns the account of an erasure; `None` once the erasure is done.
+    async fn erased_account(&self, erasure: ErasureId) -> StoreResult<Option<AccountId>> {
+        let query = sqlx::query_scalar(ACCOUNT).bind(&erasure.as_bytes()[..]);
+        let account = query.fetch_optional(&self.readers).await.map_err(read_failed)?;
+        Ok(account.map(AccountId))
     }
 }
 

@@ -124,6 +124,15 @@ impl Export {
         Ok(rows)
     }
 
+    /// Returns the number of blobs, which a transfer leaves out.
+    pub async fn blobs(&mut self) -> Result<u64, ExportError> {
+        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM blob")
+            .fetch_one(&mut self.connection)
+            .await
+            .map_err(failed(&self.data_dir))?;
+        Ok(count.unsigned_abs())
+    }
+
     /// Returns the digests of all canonical rows. Calls `seen` for each row.
     pub async fn digests(&mut self, mut seen: impl FnMut()) -> Result<Digests, ExportError> {
         let failed = failed(&self.data_dir);

@@ -22,7 +22,7 @@
 //! | `damage`, `history` | damage to the file, and its replacement by an older copy |
 //! | `writer` | the queue and the transactions |
 //! | `store` | [`EmbeddedStore`] |
-//! | `accounts`, `deletion`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `bans`, `blocks`, `reports`, `audit`, `keys`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
+//! | `accounts`, `deletion`, `sessions`, `devices`, `inboxes`, `absence`, `groups`, `bans`, `blocks`, `reports`, `audit`, `keys`, `blobs`, `jobs`, `limiter`, `maintenance` | the ports, with their statements |
 //! | `open`, `accept_clock`, `backup`, `export` | the entry points |
 
 mod absence;
@@ -32,6 +32,7 @@ mod audit;
 mod backup;
 mod bans;
 mod blocks;
+mod blobs;
 mod clock;
 mod damage;
 mod deletion;
@@ -67,11 +68,11 @@ mod tables;
 mod writer;
 
 pub use accept_clock::{Accepted, accept_clock};
-pub use backup::{BackupError, Claim, Inspection, copy_database, inspect};
+pub use backup::{BackupError, BlobFile, Claim, Inspection, blob_files, copy_database, inspect};
 pub use clock::JUMP;
 pub use export::{Export, ExportError};
-pub use files::{DATABASE_FILE, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE};
 pub use invites::InvitesOperator;
+pub use files::{BLOBS_DIRECTORY, DATABASE_FILE, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE};
 pub use jobs::JobsOperator;
 pub use open_error::OpenError;
 pub use store::EmbeddedStore;

@@ -11,6 +11,7 @@ use sqlx::{
 
 use crate::{
     accounts,
+    blobs::files::BlobFiles,
     clock::{Belief, ClockGuard},
     damage::{self, Damage},
     directory,
@@ -61,6 +62,7 @@ impl EmbeddedStore {
             endpoints: Arc::new(EndpointTable::new()),
             damage: Arc::new(Damage::none()),
             limits,
+            blobs: Arc::new(BlobFiles::new(data_dir)),
         })
     }
 }

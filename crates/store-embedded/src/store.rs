@@ -8,6 +8,7 @@ use qpq_ports::{SingleEdge, Stores};
 use sqlx::SqlitePool;
 
 use crate::{
+    blobs::files::BlobFiles,
     damage::Damage,
     memory::{EndpointTable, Limiter, Memory},
     writer::Writer,
@@ -26,6 +27,7 @@ pub struct EmbeddedStore {
     pub(crate) endpoints: Arc<EndpointTable>,
     pub(crate) damage: Arc<Damage>,
     pub(crate) limits: StoreLimits,
+    pub(crate) blobs: Arc<BlobFiles>,
 }
 
 impl EmbeddedStore {
@@ -48,6 +50,7 @@ impl EmbeddedStore {
             blocks: store.clone(),
             audit: store.clone(),
             recovery_bundles: store.clone(),
+            blobs: store.clone(),
             limiter: store.clone(),
             account_events: Arc::new(SingleEdge),
             maintenance: store.clone(),

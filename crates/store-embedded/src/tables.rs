@@ -35,6 +35,9 @@ pub(crate) enum Erased {
     BlocksOf(&'static str),
     /// The identity key in the column is replaced by its tombstone.
     KeyIn(&'static str),
+    /// The rows of the account are removed with the references to blobs and the bytes of uploads
+    /// (`blobs`), before all others.
+    BlobsOf(&'static str),
     /// The account leaves its groups, as by RemoveMember (`groups`).
     Memberships,
     /// The rows of the account are deleted. Their keys become tombstones.
@@ -95,6 +98,8 @@ enum Role {
     Derived,
     /// A column of a table that is not moved.
     Local,
+    /// The number of an account, in a table that is not moved.
+    LocalAccount,
 }
 
 const fn column(name: &'static str, role: Role) -> Column {
@@ -417,6 +422,50 @@ static TABLES: &[TableDescription] = &[
             value("fetches"),
         ],
     },
+    // Blobs are not moved: their bytes are in files.
+    TableDescription {
+        name: "blob",
+        content: Content::Local,
+        erased: &[Erased::With("blob_ref")],
+        columns: &[local("hash"), local("object"), local("size")],
+    },
+    TableDescription {
+        name: "blob_ref",
+        content: Content::Local,
+        erased: &[Erased::BlobsOf("account")],
+        columns: &[
+            column("account", Role::LocalAccount),
+            local("hash"),
+            local("mime"),
+            local("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "upload",
+        content: Content::Local,
+        erased: &[Erased::BlobsOf("account")],
+        columns: &[
+            column("account", Role::LocalAccount),
+            local("hash"),
+            local("object"),
+            local("size"),
+            local("received"),
+            local("mime"),
+            local("expires_at"),
+        ],
+    },
+    TableDescription {
+        name: "blob_quota",
+        content: Content::Local,
+        erased: &[Erased::RowsOf("account")],
+        columns: &[column("account", Role::LocalAccount), local("used")],
+    },
+    TableDescription {
+        name: "blob_trash",
+        content: Content::Local,
+        erased: &[Erased::Nothing],
+        columns: &[local("object"), local("not_before")],
+    },
     // The rows of `payload` are moved as the payloads of their messages.
     TableDescription {
         name: "payload",
@@ -516,7 +565,7 @@ impl TableDescription {
                     cells.push(format!("row_number() OVER (PARTITION BY t.{of} ORDER BY t.{name})"))
                 }
                 Role::UniqueKey => filter = format!(" WHERE t.{name} IS NULL"),
-                Role::RowNumber | Role::Derived | Role::Local => {}
+                Role::RowNumber | Role::Derived | Role::Local | Role::LocalAccount => {}
             }
         }
         let join =
@@ -533,7 +582,9 @@ impl TableDescription {
     }
 
     fn moved_columns(&self) -> impl Iterator<Item = &'static Column> {
-        let is_moved = |column: &&Column| !matches!(column.role, Role::Derived | Role::Local);
+        let is_moved = |column: &&Column| {
+            !matches!(column.role, Role::Derived | Role::Local | Role::LocalAccount)
+        };
         self.columns.iter().filter(is_moved)
     }
 }
@@ -596,7 +647,11 @@ impl ErasureSteps {
                     Erased::RowsNaming(column) => {
                         of_name.push(format!("DELETE FROM {} WHERE {column} = ?1", table.name));
                     }
-                    Erased::Last | Erased::With(_) | Erased::Tombstones | Erased::Nothing => {}
+                    Erased::Last
+| Erased::BlobsOf(_)
+| Erased::With(_)
+| Erased::Tombstones
+| Erased::Nothing => {}
                 }
             }
         }

@@ -8,6 +8,8 @@
 //!    cluster.
 //! 5. The data directory is marked as moved, so that no server starts on it again.
 //!
+//! Blobs are left out: their bytes are in files of the data directory. The output says how many.
+//!
 //! The transfer may be interrupted at any point. Another run repeats the steps and skips the work
 //! that is done.
 
@@ -49,7 +51,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let from = args.from.as_path();
     let cluster = shared.cluster_id()?;
     let transferred = block_on(transfer(from, &settings, &shared))?;
-    let Some(digests) = transferred else {
+    let Some((digests, blobs)) = transferred else {
         return print(format_args!(
             "{} was already moved into this cluster ({cluster}): nothing is left to do\n",
             from.display()
@@ -59,18 +61,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         "moved {from} into the cluster {cluster}: {rows} rows, with equal counts and hashes on \
          both sides\n{digests}\
          {from} is marked as moved: no server starts on it again. Keep it until you have a backup \
-         of the cluster.\n",
+         of the cluster.\n{left_out}",
         from = from.display(),
         rows = digests.rows(),
+        left_out = match blobs {
+            0 => String::new(),
+            _ => format!(
+                "{blobs} blobs (the files of messages) were not moved: recipients who have not \
+                 downloaded them cannot do so any more, and their senders can send them again.\n"
+            ),
+        },
     ))
 }
 
-/// Transfers the data of `from`. Returns `None` if an earlier run has transferred all of it.
+/// Transfers the data of `from`. Returns its hashes and the number of blobs, which are left out;
+/// `None` if an earlier run has transferred all of it.
 async fn transfer(
     from: &Path,
     settings: &ClusterSettings,
     shared: &ClusterDir,
-) -> anyhow::Result<Option<Digests>> {
+) -> anyhow::Result<Option<(Digests, u64)>> {
     let mut export = Export::open(from).await?;
     let cluster = shared.cluster_id()?;
     if let Some(note) = export.transferred()? {
@@ -99,8 +109,9 @@ async fn transfer(
         import.finish(&digests, || progress.row()).await?;
     }
     import.close().await;
+    let blobs = export.blobs().await?;
     mark(from, cluster, &digests)?;
-    Ok(Some(digests))
+    Ok(Some((digests, blobs)))
 }
 
 /// Checks that the cluster has the node's secrets. Returns the fingerprint of the OPAQUE setup.

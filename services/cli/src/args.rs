@@ -238,9 +238,13 @@ pub(crate) enum Command {
     },
     /// Send one message to a user or a group
     ///
+    /// A file is encrypted on this machine, with a key that only the receivers get. If
+    /// sending is interrupted, the same command continues where it stopped.
+    ///
     /// Examples:
     ///   qpq send bob 'see you at eight'
     ///   date | qpq send bob -
+    ///   qpq send bob --file photo.jpg
     #[command(verbatim_doc_comment)]
     Send {
         /// A user, or a group that you are in; @bob is always the user
@@ -248,6 +252,32 @@ pub(crate) enum Command {
         /// The text; `-`, or nothing, reads it from standard input
         #[arg(allow_hyphen_values = true)]
         text: Option<String>,
+        /// Send this file instead of a text; at most about 50 MiB
+        #[arg(long, value_name = "PATH", conflicts_with = "text")]
+        file: Option<PathBuf>,
+    },
+    /// Save a file that was sent in a conversation
+    ///
+    /// The newest file of the conversation is number 1, the one before it number 2.
+    /// The server keeps a file for 90 days.
+    ///
+    /// Examples:
+    ///   qpq save bob
+    ///   qpq save bob 2 --to pictures/
+    #[command(verbatim_doc_comment)]
+    Save {
+        /// A user, or a group that you are in; @bob is always the user
+        #[arg(value_name = "USER|GROUP")]
+        from: Recipient,
+        /// Which file, counted from the newest
+        #[arg(default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+        number: u32,
+        /// The file or directory to write to; else the current directory
+        #[arg(long, value_name = "PATH")]
+        to: Option<PathBuf>,
+        /// Replace a file that exists
+        #[arg(long)]
+        force: bool,
     },
     /// Show received messages that were not shown before
     ///
@@ -487,14 +517,14 @@ mod tests {
             let cli = parse(line).unwrap();
             assert_eq!(cli.global.profile.as_str(), "bob");
             assert_eq!(cli.global.server.as_deref(), Some("a:1"));
-            let Command::Send { to, text } = cli.command else { panic!("{line}") };
+            let Command::Send { to, text, .. } = cli.command else { panic!("{line}") };
             assert_eq!((to, text.as_deref()), (Recipient::Either("carol".into()), Some("-")));
         }
     }
 
     #[test]
     fn a_text_with_a_hyphen_and_a_recipient_with_an_at_sign_are_parsed() {
-        let Command::Send { to, text } = parse("qpq send @Bob -5").unwrap().command else {
+        let Command::Send { to, text, .. } = parse("qpq send @Bob -5").unwrap().command else {
             panic!()
         };
         assert_eq!(to, Recipient::User("bob".parse().unwrap()));

@@ -3,14 +3,15 @@
 mod object;
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     io::{self, Write},
     time::Duration,
 };
 
 use qpq_client::{
-    Conversation, ConversationId, ConversationKind, DeliveryState, Entry, Event, Person, Standing,
-    UnixMillis,
+    Conversation, ConversationId, ConversationKind, DeliveryState, Entry, Event, Person,
+    SharedFile, Standing, UnixMillis,
 };
 
 pub(crate) use self::object::PersonObject;
@@ -75,15 +76,17 @@ impl EntryReport<'_> {
         };
         let event = &self.entry.event;
         match event {
-            Event::Sent { text, delivery } => {
+            Event::Sent { text, delivery, file } => {
                 let mark = match delivery {
                     DeliveryState::Sent => "",
                     DeliveryState::Queued => " (not sent yet)",
                     DeliveryState::Failed => " (not delivered)",
                 };
-                self.said(&place, "you", text, mark, style)
+                self.said(&place, "you", &with_file(text, file.as_ref()), mark, style)
             }
-            Event::Received { from, text, .. } => self.said(&place, &name(from), text, "", style),
+            Event::Received { from, text, file, .. } => {
+                self.said(&place, &name(from), &with_file(text, file.as_ref()), "", style)
+            }
             Event::DeviceRequested { .. } | Event::NameRefuted { .. } | Event::NewKey { .. } => {
                 style.bold(format_args!("* {}", self.of_account(event).unwrap_or_default()))
             }
@@ -213,6 +216,36 @@ impl EntryReport<'_> {
     }
 }
 
+/// Returns the description of a file, and the text below it.
+fn with_file<'a>(text: &'a str, file: Option<&SharedFile>) -> Cow<'a, str> {
+    match file {
+        None => text.into(),
+        Some(file) if text.is_empty() => describe(file).into(),
+        Some(file) => format!("{}\n{text}", describe(file)).into(),
+    }
+}
+
+/// Describes a file: its name, size and type, and the size of a picture.
+pub(crate) fn describe(file: &SharedFile) -> String {
+    let mut parts = vec![text::line(&file.name).to_string(), size(file.size)];
+    if !file.mime.is_empty() {
+        parts.push(text::line(&file.mime).to_string());
+    }
+    if let Some((width, height)) = file.picture {
+        parts.push(format!("{width}×{height}"));
+    }
+    format!("[file: {}]", parts.join(", "))
+}
+
+/// Formats a number of bytes.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_024 => format!("{bytes} B"),
+        1_024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1_024.0),
+        _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
+    }
+}
+
 /// Describes the request of a stranger, as a phrase after the stranger's name.
 pub(crate) fn wish(group: Option<&str>) -> String {
     match group {
@@ -273,6 +306,7 @@ mod tests {
             from: bob(Standing::Confirmed),
             text: text.into(),
             sent_at: UnixMillis(900),
+            file: None,
         }
     }
 
@@ -282,11 +316,33 @@ mod tests {
         assert_eq!(line(received("hi"), 181_000), "bob (3 min ago): hi");
         assert_eq!(line(received("hi"), 0), "bob: hi", "a clock that is behind");
         assert_eq!(line(received("a\nb\x1b"), 2_000), "bob: a\n  | b\\u{1b}");
-        let queued = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
+        let delivery = DeliveryState::Queued;
+        let queued = Event::Sent { text: "hi".into(), delivery, file: None };
         assert_eq!(line(queued, 2_000), "you: hi (not sent yet)");
         assert_eq!(
             line(Event::Missing { first: Seq(3), last: Seq(4) }, 0).split_whitespace().nth(1),
             Some("2")
+        );
+    }
+
+    #[test]
+    fn a_file_is_shown_with_its_name_size_type_and_picture() {
+        let file = |name: &str, size, mime: &str, picture| {
+            let (name, mime) = (name.into(), mime.into());
+            SharedFile { name, size, mime, blob: [0; 32], key: [0; 32], picture }
+        };
+        let shown = |file| {
+            let Event::Received { from, text, sent_at, .. } = received("") else { panic!() };
+            line(Event::Received { from, text, sent_at, file: Some(file) }, 2_000)
+        };
+        assert_eq!(
+            shown(file("photo.jpg", 1_258_291, "image/jpeg", Some((640, 480)))),
+            "bob: [file: photo.jpg, 1.2 MiB, image/jpeg, 640×480]"
+        );
+        assert_eq!(shown(file("a\nb", 3, "", None)), "bob: [file: a\\u{a}b, 3 B]");
+        assert_eq!(
+            [0, 1_023, 1_024, 52_428_800].map(size),
+            ["0 B", "1023 B", "1.0 KiB", "50.0 MiB"]
         );
     }
 
@@ -313,7 +369,8 @@ mod tests {
     #[test]
     fn a_false_name_is_never_shown_bare() {
         let from = bob(Standing::Refuted);
-        let event = Event::Received { from, text: "pay me".into(), sent_at: UnixMillis(900) };
+        let event =
+            Event::Received { from, text: "pay me".into(), sent_at: UnixMillis(900), file: None };
         assert_eq!(line(event, 2_000), "bob!abababab: pay me");
     }
 

@@ -117,6 +117,19 @@ impl From<Error> for CliError {
             Error::TextTooLong { .. } => {
                 failure("client.text_too_long", "send it in several messages")
             }
+            Error::FileTooLarge { .. } => {
+                failure("client.file_too_large", "send it in parts, or by another way")
+            }
+            Error::FileExpired => failure("client.file_expired", "ask the sender to send it again"),
+            Error::FileForged => {
+                failure("client.file_forged", "ask the sender, and the server's operator")
+            }
+            Error::FileExists(_) => {
+                failure("client.file_exists", "name another file with --to, or give --force")
+            }
+            Error::FileNotWritten { .. } => {
+                failure("client.file_not_written", "name another place with --to")
+            }
             Error::GroupName { .. } => failure("client.group_name", "choose another name"),
             Error::AlreadyMember(_) => {
                 failure("client.already_member", "`qpq group show GROUP` shows who is in it")

@@ -47,7 +47,35 @@ impl Progress {
     }
 }
 
-/// Removes the spinner, also when the work is dropped.
+impl Progress {
+    /// Returns a bar for the bytes of a file. Empty until it is set for the first time.
+    pub(crate) fn bytes(self, what: &'static str) -> Bar {
+        let bar = match self {
+            Self::Silent => ProgressBar::hidden(),
+            Self::Shown => ProgressBar::new(0).with_message(what).with_style(
+                ProgressStyle::with_template(
+                    "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes} {eta}",
+                )
+                .expect("the template is valid"),
+            ),
+        };
+        Bar(Cleared(bar))
+    }
+}
+
+/// A bar for the bytes of a file, removed when it is dropped.
+pub(crate) struct Bar(Cleared);
+
+impl Bar {
+    /// Sets the number of bytes that are done, and their total.
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        let Cleared(bar) = &self.0;
+        bar.set_length(total);
+        bar.set_position(done);
+    }
+}
+
+/// Removes the spinner or the bar, also when the work is dropped.
 struct Cleared(ProgressBar);
 
 impl Drop for Cleared {

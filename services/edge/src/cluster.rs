@@ -2,14 +2,18 @@
 //! shared secrets, the server is an edge. Without all four, it uses the embedded store. With some
 //! of them, it refuses to start and names the missing ones.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use qpq_domain::StoreLimits;
+use qpq_domain::{BlobLimits, StoreLimits};
 use qpq_runtime::{
-    config::{Broken, Named},
+    config::{Broken, Named, Size},
     section,
 };
-use qpq_store_cluster::{Clocks, Endpoint, Migrate, Timing};
+use qpq_store_cluster::{BlobPlaces, BucketConfig, Clocks, Endpoint, Migrate, Timing};
 use secrecy::{ExposeSecret as _, SecretString};
 
 section! {
@@ -61,6 +65,43 @@ section! {
 }
 
 section! {
+    /// Blobs, the encrypted files of messages.
+    pub struct Blobs {
+        /// The largest blob.
+        max_bytes: Size = Size(BlobLimits::default().max_bytes);
+        /// Maximum total size of the blobs and open uploads of one account.
+        quota: Size = Size(BlobLimits::default().quota);
+        /// Maximum number of open uploads of one account.
+        max_uploads: u32 = BlobLimits::default().max_uploads;
+        /// Maximum total size of the open uploads of one account.
+        max_staged: Size = Size(BlobLimits::default().max_staged);
+        /// Time without a chunk after which an upload is removed.
+        upload_idle: Duration = BlobLimits::default().upload_idle;
+        /// Time after which a blob is removed from an account that has not renewed it.
+        lifetime: Duration = BlobLimits::default().lifetime;
+        /// The URL of an object store that speaks the S3 protocol, as in
+        /// `https://s3.example.org`. Only for a cluster. Each edge needs the same bucket.
+        endpoint: Option<String> = None, unset: "none: blobs stay in Postgres";
+        /// The bucket, which must exist.
+        bucket: String = "qpq".into();
+        /// The region of the bucket.
+        region: String = "us-east-1".into();
+        /// A file with the id of the access key.
+        access_key_file: Option<PathBuf> = None;
+        /// A file with the secret of the access key.
+        secret_key_file: Option<PathBuf> = None;
+        /// A PEM file with authorities to trust in addition to those of the system.
+        ca: Option<PathBuf> = None;
+        /// Maximum time of one request to the object store.
+        timeout: Duration = Duration::from_secs(40);
+        /// The size of the largest blob that stays in Postgres although there is a bucket.
+        max_bytes_in_postgres: Size = Size(BlobPlaces::default().small);
+        /// The largest blob of a cluster without a bucket. Larger blobs are refused.
+        max_bytes_without_bucket: Size = Size(BlobPlaces::default().max_without_bucket);
+    }
+}
+
+section! {
     /// Settings of an edge in its cluster.
     pub struct Cluster {
         /// The directory that `qpq-admin init` created, with the same content for every edge:
@@ -105,6 +146,7 @@ pub(crate) struct Sections<'a> {
     pub(crate) redis: &'a Redis,
     pub(crate) nats: &'a Nats,
     pub(crate) cluster: &'a Cluster,
+    pub(crate) blobs: &'a Blobs,
 }
 
 /// The reason why a file named in the configuration cannot be used.
@@ -163,12 +205,13 @@ impl<'a> Sections<'a> {
         Ok(qpq_store_cluster::Config {
             redis: endpoint(&redis.url, "redis.password_file", &redis.password_file, &redis.ca)?,
             nats: endpoint(&nats.url, "nats.password_file", &nats.password_file, &nats.ca)?,
+            blobs: self.blobs.places()?,
             ..self.database(opaque_setup, limits)?
         })
     }
 
-    /// Returns a configuration for Postgres alone. Redis and NATS have no address in it, and their
-    /// password files are not read.
+    /// Returns a configuration for Postgres alone. Redis, NATS and the bucket have no address in
+    /// it, and their password files are not read.
     pub(crate) fn database(
         &self,
         opaque_setup: [u8; 32],
@@ -199,6 +242,7 @@ impl<'a> Sections<'a> {
                 session_cache: cluster.session_cache,
             },
             clocks: Clocks { max_skew: cluster.max_clock_skew, ..Clocks::default() },
+            blobs: BlobPlaces::default(),
         })
     }
 }
@@ -206,20 +250,63 @@ impl<'a> Sections<'a> {
 /// The number of settings that make a cluster.
 const NEEDED: usize = 4;
 
+impl Blobs {
+    /// Returns the first setting that a bucket needs in addition to those that are given.
+    pub(crate) fn missing(&self) -> Option<&'static str> {
+        let given = [
+            ("blobs.endpoint", self.endpoint.is_some()),
+            ("blobs.access_key_file", self.access_key_file.is_some()),
+            ("blobs.secret_key_file", self.secret_key_file.is_some()),
+        ];
+        let is_any = given.iter().any(|(_, given)| *given);
+        let missing = given.into_iter().find(|(_, given)| !given && is_any);
+        missing.map(|(setting, _)| setting)
+    }
+
+    fn places(&self) -> Result<BlobPlaces, PasswordFileError> {
+        let key = |setting, path: &Option<PathBuf>| {
+            path.as_deref().map(|path| secret(setting, path)).transpose()
+        };
+        let keys = (
+            key("blobs.access_key_file", &self.access_key_file)?,
+            key("blobs.secret_key_file", &self.secret_key_file)?,
+        );
+        let bucket = match (&self.endpoint, keys) {
+            (Some(endpoint), (Some(access_key), Some(secret_key))) => Some(BucketConfig {
+                endpoint: endpoint.clone(),
+                bucket: self.bucket.clone(),
+                region: self.region.clone(),
+                access_key,
+                secret_key,
+                ca: self.ca.clone(),
+                timeout: self.timeout,
+            }),
+            _ => None,
+        };
+        Ok(BlobPlaces {
+            bucket,
+            small: self.max_bytes_in_postgres.0,
+            max_without_bucket: self.max_bytes_without_bucket.0,
+        })
+    }
+}
+
+/// Reads a file with one secret.
+fn secret(setting: &'static str, path: &Path) -> Result<SecretString, PasswordFileError> {
+    fs::read_to_string(path)
+        .map(|text| SecretString::from(text.trim_end_matches(['\r', '\n'])))
+        .map_err(|source| PasswordFileError { setting, path: path.to_owned(), source })
+}
+
 fn endpoint(
     url: &Option<SecretString>,
     setting: &'static str,
     password_file: &Option<PathBuf>,
     ca: &Option<PathBuf>,
 ) -> Result<Endpoint, PasswordFileError> {
-    let read = |path: &PathBuf| {
-        fs::read_to_string(path)
-            .map(|text| SecretString::from(text.trim_end_matches(['\r', '\n'])))
-            .map_err(|source| PasswordFileError { setting, path: path.clone(), source })
-    };
     Ok(Endpoint {
         url: url.as_ref().map(|url| url.expose_secret().to_owned()).unwrap_or_default(),
-        password: password_file.as_ref().map(read).transpose()?,
+        password: password_file.as_deref().map(|path| secret(setting, path)).transpose()?,
         ca: ca.clone(),
     })
 }

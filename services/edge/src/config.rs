@@ -22,7 +22,7 @@ use crate::{
     Listen,
     budgets::CallLimits,
     certificate::certificate_names,
-    cluster::{Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
+    cluster::{Blobs, Cluster, Nats, PasswordFileError, Postgres, Redis, Sections},
 };
 
 /// Variables with the prefix `QPQ_` that only the client, the tests or the documentation read.
@@ -62,6 +62,9 @@ section! {
         keys: Keys = Keys::default();
         /// Reports to the administrators.
         reports: Reports = Reports::default();
+        /// Blobs, the encrypted files of messages. A single node stores them in `blobs` in the data
+        /// directory, a cluster in Postgres and, if `blobs.endpoint` is given, in a bucket.
+        blobs: Blobs = Blobs::default();
         /// Sessions, which begin with a login.
         session: Session = Session::default();
         /// Registration and login.
@@ -332,6 +335,7 @@ impl Config {
             redis: &self.redis,
             nats: &self.nats,
             cluster: &self.cluster,
+            blobs: &self.blobs,
         }
     }
 
@@ -408,13 +412,22 @@ impl Config {
     }
 
     /// Returns the limits that the store enforces.
-    pub(crate) fn store_limits(&self) -> qpq_domain::StoreLimits {
+    pub fn store_limits(&self) -> qpq_domain::StoreLimits {
+        let given = &self.blobs;
         qpq_domain::StoreLimits {
             delivery: self.delivery(),
             key_packages: self.key_packages(),
             reports: qpq_domain::ReportLimits {
                 max_per_account: self.reports.max_per_account,
                 max_age: self.reports.max_age,
+            },
+            blobs: qpq_domain::BlobLimits {
+                max_bytes: given.max_bytes.0,
+                quota: given.quota.0,
+                max_uploads: given.max_uploads,
+                max_staged: given.max_staged.0,
+                upload_idle: given.upload_idle,
+                lifetime: given.lifetime,
             },
         }
     }

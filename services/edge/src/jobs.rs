@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use qpq_jobs::{Runner, Work};
+use qpq_ports::Stores;
 use qpq_rpc::account_events::AccountEvents;
 use qpq_runtime::lifecycle::Tasks;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, erasure::Erase, maintenance::Sweep, rotation::RotateTicketKeys, store::Store};
+use crate::{Config, erasure::Erase, maintenance::Sweep, rotation::RotateTicketKeys, store::Store, blobs::CollectBlobs};
 
 /// Starts the runner as one of `tasks`. Once `draining` is cancelled, the runner claims no more
 /// jobs and waits for the runs in progress. Runs that do not end in time are released for another
@@ -34,10 +35,12 @@ pub(crate) fn start(
 
 /// Returns the kinds of work. A new kind is a type that implements [`Work`], and a line here.
 fn kinds(config: &Config, store: &Store, account_events: Arc<AccountEvents>) -> Vec<Arc<dyn Work>> {
-    let stores = store.stores();
-    let (maintenance, accounts) = (stores.maintenance, stores.accounts);
-    let mut kinds: Vec<Arc<dyn Work>> =
-        vec![Arc::new(Sweep { maintenance, account_events }), Arc::new(Erase { accounts })];
+    let Stores { maintenance, accounts, blobs, .. } = store.stores();
+    let mut kinds: Vec<Arc<dyn Work>> = vec![
+        Arc::new(Sweep { maintenance, account_events }),
+        Arc::new(Erase { accounts }),
+        Arc::new(CollectBlobs { blobs }),
+    ];
     let cluster = config.cluster_sections();
     if let (Some(dir), Some(interval)) = (cluster.secrets_dir(), config.cluster.rotate_ticket_keys)
     {

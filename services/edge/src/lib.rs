@@ -6,6 +6,7 @@
 pub mod args;
 mod at_rest;
 pub mod banner;
+mod blobs;
 mod budgets;
 mod certificate;
 mod check;

@@ -73,6 +73,18 @@ impl Program {
     }
 }
 
+/// Returns the path of SeaweedFS, which `scripts/tools` installs from a Python package into
+/// `target/tools`.
+pub(crate) fn seaweed() -> anyhow::Result<PathBuf> {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tools/bin");
+    folders()
+        .into_iter()
+        .chain([tools])
+        .map(|dir| dir.join("weed"))
+        .find(|path| path.is_file())
+        .context("SeaweedFS is not installed, and tests need it (scripts/test installs it)")
+}
+
 /// Returns the output of `--version`.
 pub(crate) fn version(program: &Path) -> anyhow::Result<String> {
     let output = Command::new(program)

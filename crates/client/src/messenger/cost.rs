@@ -74,7 +74,7 @@ impl Peer {
         let mut id = [0; 16];
         id[8..].copy_from_slice(&number.to_be_bytes());
         let text = "x".repeat(100);
-        let content = Content { id, sent_at: now().0, text, repeats: None };
+        let content = Content { id, sent_at: now().0, text, repeats: None, file: None };
         self.state.mls.encrypt(self.group, &content).unwrap().payload
     }
 }
@@ -106,7 +106,8 @@ fn measure(dir: &Path, conversations: usize, entries: usize) -> [u64; 2] {
     change(&bob, |state| {
         for number in 0..entries {
             let from = others[number % others.len()];
-            let event = Event::Received { from, text: "x".repeat(100), sent_at: UnixMillis(1) };
+            let event =
+                Event::Received { from, text: "x".repeat(100), sent_at: UnixMillis(1), file: None };
             let entry = state.log.push(Some(ConversationId::Direct(from)), UnixMillis(1), event)?;
             state.log.mark_seen(&[entry])?;
         }

@@ -6,7 +6,7 @@ use std::fmt;
 
 use qpq_domain::{IdentityKey, Seq, UnixMillis, Username};
 use qpq_mls::{
-    GroupId, GroupKind, GroupSummary,
+    GroupId, GroupKind, GroupSummary, SharedFile,
     database::{Database, DatabaseError, Item, NewItem},
 };
 
@@ -82,6 +82,8 @@ pub enum Event<P = Person> {
         text: String,
         /// The state of the delivery.
         delivery: DeliveryState,
+        /// The file that was sent, if any.
+        file: Option<SharedFile>,
     },
     /// Another person wrote.
     Received {
@@ -91,6 +93,8 @@ pub enum Event<P = Person> {
         text: String,
         /// The time of sending, by the sender's clock.
         sent_at: UnixMillis,
+        /// The file that the message is about, if any.
+        file: Option<SharedFile>,
     },
     /// `by` invited us into the conversation.
     Joined {
@@ -229,9 +233,9 @@ impl<P> Event<P> {
     ) -> Result<Event<Q>, E> {
         let mut all = |people: Vec<P>| people.iter().map(&mut see).collect::<Result<Vec<_>, E>>();
         Ok(match self {
-            Self::Sent { text, delivery } => Event::Sent { text, delivery },
-            Self::Received { from, text, sent_at } => {
-                Event::Received { from: see(&from)?, text, sent_at }
+            Self::Sent { text, delivery, file } => Event::Sent { text, delivery, file },
+            Self::Received { from, text, sent_at, file } => {
+                Event::Received { from: see(&from)?, text, sent_at, file }
             }
             Self::Requested { by, group } => Event::Requested { by: see(&by)?, group },
             Self::Joined { by } => Event::Joined { by: see(&by)? },
@@ -474,7 +478,7 @@ mod tests {
         let from = IdentityKey::new([1; 32]);
         for n in 0..1_200_u32 {
             let text = n.to_string();
-            let event = Event::Received { from, text, sent_at: UnixMillis(0) };
+            let event = Event::Received { from, text, sent_at: UnixMillis(0), file: None };
             log.push(Some(one), UnixMillis(u64::from(n)), event).unwrap();
             log.push(None, UnixMillis(0), Event::Unreadable { from: None, reason: n.to_string() })
                 .unwrap();

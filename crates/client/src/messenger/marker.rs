@@ -193,10 +193,10 @@ impl State {
         let decisions = self.decision_channel();
         for entry in self.outbox.remove_encrypted(from, decisions)? {
             let Some(kept) = self.log.get(entry)? else { continue };
-            if let (Some(conversation), Event::Sent { text, .. }) =
+            if let (Some(conversation), Event::Sent { text, file, .. }) =
                 (kept.entry.conversation, kept.entry.event)
             {
-                match super::send::encrypt_entry(self, conversation, entry, text) {
+                match super::send::encrypt_entry(self, conversation, entry, text, file) {
                     Ok(()) => {}
                     Err(Error::State(error) | Error::Mls(qpq_mls::Error::Database(error))) => {
                         return Err(error.into());
@@ -238,7 +238,7 @@ mod tests {
         let conversation = ConversationId::Direct(stranger);
         state.begin_unverified().unwrap();
         state.count_encryption().unwrap();
-        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
+        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued, file: None };
         let entry = state.log.push_own(conversation, now(), sent).unwrap();
         let channel = ChannelId::new([1; 16]);
         state.outbox.push(parcel(channel, stranger), Some(entry), now()).unwrap();

@@ -33,6 +33,7 @@ mod decisions;
 mod devices;
 mod directory;
 mod enqueue;
+mod files;
 mod groups;
 mod inbox;
 mod leave;
@@ -76,6 +77,7 @@ use tokio::sync::Mutex;
 
 pub use self::{
     devices::{FIRST_DEVICE, MAX_DEVICE_NAME, OwnDevice},
+    files::{Existing, NewFile},
     groups::{GroupMember, MAX_GROUP_NAME, Role},
     link::{InvalidLinkCode, LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking},
     listen::Listener,

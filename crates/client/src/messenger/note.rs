@@ -6,6 +6,7 @@ use qpq_domain::{IdentityKey, UnixMillis};
 use qpq_mls::{Content, GroupChange, GroupId, GroupSummary, Ignored, Lost, Member, Received};
 
 use super::{
+    files::is_showable,
     log::{ConversationId, DeliveryState, Event},
     send::MAX_TEXT,
     state::State,
@@ -103,7 +104,7 @@ fn note_message(
     }
     let event = if sender.identity == state.me() {
         // The message was written on another device of this account.
-        Event::Sent { text: content.text, delivery: DeliveryState::Sent }
+        Event::Sent { text: content.text, delivery: DeliveryState::Sent, file: content.file }
     } else {
         state.people.claim(sender.identity, &sender.username)?;
         text_event(sender.identity, content)
@@ -116,7 +117,12 @@ fn note_message(
 fn text_event(from: IdentityKey, content: Content) -> Event<IdentityKey> {
     let size = content.text.len();
     if size <= MAX_TEXT {
-        return Event::Received { from, text: content.text, sent_at: UnixMillis(content.sent_at) };
+        let Content { text, sent_at, file, .. } = content;
+        if is_showable(file.as_ref()) {
+            return Event::Received { from, text, sent_at: UnixMillis(sent_at), file };
+        }
+        let reason = "the name of its file is too long".to_owned();
+        return Event::Unreadable { from: Some(from), reason };
     }
     let reason = format!("it has {size} bytes, the most is {MAX_TEXT}");
     Event::Unreadable { from: Some(from), reason }

@@ -2,7 +2,7 @@
 
 use prost::Message;
 use qpq_domain::{ChannelId, IdentityKey, MessageId, Seq, UnixMillis, Username};
-use qpq_mls::{GroupId, database::DatabaseError};
+use qpq_mls::{GroupId, SharedFile, database::DatabaseError};
 use zeroize::Zeroizing;
 
 use super::{
@@ -165,6 +165,9 @@ pub(super) struct SavedEntry {
     people: Vec<Vec<u8>>,
     #[prost(uint64, repeated, tag = "9")]
     numbers: Vec<u64>,
+    /// The encoding of a file.
+    #[prost(bytes = "vec", optional, tag = "10")]
+    file: Option<Vec<u8>>,
 }
 
 impl From<&Kept> for SavedEntry {
@@ -186,8 +189,8 @@ impl SavedEntry {
     fn set_event(&mut self, event: &Event<IdentityKey>) {
         let removed;
         let (kind, text, people, numbers): (_, &str, &[IdentityKey], Vec<u64>) = match event {
-            Event::Sent { text, delivery } => (1, text, &[], vec![delivery_code(*delivery)]),
-            Event::Received { from, text, sent_at } => (2, text, &[*from], vec![sent_at.0]),
+            Event::Sent { text, delivery, .. } => (1, text, &[], vec![delivery_code(*delivery)]),
+            Event::Received { from, text, sent_at, .. } => (2, text, &[*from], vec![sent_at.0]),
             Event::Joined { by } => (3, "", &[*by], vec![]),
             Event::Added { members } => (4, "", members, vec![]),
             Event::Removed { by: None, members } => (5, "", members, vec![]),
@@ -217,6 +220,9 @@ impl SavedEntry {
         text.clone_into(&mut self.text);
         self.people = people.iter().map(|key| key.as_bytes().to_vec()).collect();
         self.numbers = numbers;
+        if let Event::Sent { file, .. } | Event::Received { file, .. } = event {
+            self.file = file.as_ref().map(SharedFile::encode);
+        }
     }
 
     pub(super) fn restore(&self) -> Result<Kept, Corrupt> {
@@ -236,13 +242,24 @@ impl SavedEntry {
         Ok(Kept { entry, seen: self.seen })
     }
 
+    fn shared_file(&self) -> Result<Option<SharedFile>, Corrupt> {
+        let decode = |bytes: &Vec<u8>| {
+            SharedFile::decode(bytes).ok_or_else(|| Corrupt::new("the record of a file"))
+        };
+        self.file.as_ref().map(decode).transpose()
+    }
+
     fn event(&self) -> Result<Event<IdentityKey>, Corrupt> {
         let people: Vec<_> =
             self.people.iter().map(|bytes| key(bytes)).collect::<Result<_, _>>()?;
         let text = self.text.clone();
         Ok(match (self.kind, &people[..], &self.numbers[..]) {
-            (1, [], &[code]) => Event::Sent { text, delivery: delivery(code)? },
-            (2, &[from], &[at]) => Event::Received { from, text, sent_at: UnixMillis(at) },
+            (1, [], &[code]) => {
+                Event::Sent { text, delivery: delivery(code)?, file: self.shared_file()? }
+            }
+            (2, &[from], &[at]) => {
+                Event::Received { from, text, sent_at: UnixMillis(at), file: self.shared_file()? }
+            }
             (3, &[by], []) => Event::Joined { by },
             (4, _, []) => Event::Added { members: people },
             (5, _, []) => Event::Removed { by: None, members: people },

@@ -23,6 +23,7 @@ use qpq_mls::{
 
 use super::{
     Messenger,
+    files::is_showable,
     inbox::unless_final,
     log::{ConversationId, EntryId, Event},
     now,
@@ -210,7 +211,7 @@ impl State {
     ) -> Result<(), Error> {
         let from = sender.identity;
         let was_lost = self.lost_of(&from)?.contains(&digest);
-        if !was_lost || content.text.len() > MAX_TEXT {
+        if !was_lost || content.text.len() > MAX_TEXT || !is_showable(content.file.as_ref()) {
             return Ok(());
         }
         self.database().delete(LOST, &digest)?;
@@ -218,7 +219,7 @@ impl State {
             self.database().delete(QUESTIONS, from.as_bytes())?;
         }
         let sent_at = UnixMillis(content.sent_at);
-        let event = Event::Received { from, text: content.text, sent_at };
+        let event = Event::Received { from, text: content.text, sent_at, file: content.file };
         self.log.push(Some(ConversationId::Direct(from)), at, event)?;
         Ok(())
     }
@@ -250,7 +251,7 @@ impl State {
             let Some(item) = self.database().item_of_key(SENT, &digest)? else { continue };
             let (entry, _) = parse_sent(&item)?;
             let Some(kept) = self.log.get(entry)? else { continue };
-            let Event::Sent { text, .. } = kept.entry.event else { continue };
+            let Event::Sent { text, file, .. } = kept.entry.event else { continue };
             if !self.was_for(kept.entry.conversation, asker)? {
                 continue;
             }
@@ -259,6 +260,7 @@ impl State {
                 sent_at: kept.entry.at.0,
                 text,
                 repeats: Some(digest),
+                file,
             };
             self.count_encryption()?;
             match self.mls.encrypt(group, &content) {
@@ -529,9 +531,9 @@ mod tests {
         alice.mls.commit(group, &change, now()).unwrap().unwrap();
         alice.mls.confirm(group).unwrap();
         let conversation = ConversationId::Direct(bob.me());
-        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued };
+        let sent = Event::Sent { text: "hi".into(), delivery: DeliveryState::Queued, file: None };
         let entry = alice.log.push_own(conversation, now(), sent).unwrap();
-        encrypt_entry(&mut alice, conversation, entry, "hi".into()).unwrap();
+        encrypt_entry(&mut alice, conversation, entry, "hi".into(), None).unwrap();
         let (place, item) =
             alice.outbox.next(None, alice.outbox.end().unwrap()).unwrap().expect("one item");
         let digest = sha2::Sha256::digest(&item.payload).into();

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
 
 use qpq_domain::{IdentityKey, MAX_BATCH, UnixMillis, Username};
-use qpq_mls::{Change, Content, GroupId};
+use qpq_mls::{Change, Content, GroupId, SharedFile};
 use tokio::time::Instant;
 
 use super::{
@@ -87,6 +87,41 @@ impl Messenger {
         if let Some(text) = texts.iter().find(|text| text.len() > MAX_TEXT) {
             return Err(Error::TextTooLong { size: text.len(), max: MAX_TEXT });
         }
+        self.prepare_to_send(conversation).await?;
+        self.store()
+            .change(move |state| {
+                if let ConversationId::Direct(peer) = conversation {
+                    state.note_contact(&peer)?;
+                }
+                texts.into_iter().map(|text| encrypt(state, conversation, text, None)).collect()
+            })
+            .await
+    }
+
+    /// Sends a message about an uploaded file, as [`Messenger::send`] does. In the same step, the
+    /// state of the upload is forgotten.
+    pub(super) async fn send_uploaded(
+        &self,
+        conversation: ConversationId,
+        file: SharedFile,
+        content: [u8; 32],
+    ) -> Result<Sent, Error> {
+        let entry = self
+            .store()
+            .change(move |state| {
+                if let ConversationId::Direct(peer) = conversation {
+                    state.note_contact(&peer)?;
+                }
+                state.forget_upload(&content)?;
+                encrypt(state, conversation, String::new(), Some(file))
+            })
+            .await?;
+        let outcome = self.outcome(self.flush().await, Some(entry)).await?;
+        Ok(Sent { entry, outcome })
+    }
+
+    /// Makes a conversation ready for messages: the first one needs a group.
+    pub(super) async fn prepare_to_send(&self, conversation: ConversationId) -> Result<(), Error> {
         if let ConversationId::Direct(peer) = conversation {
             self.store().read(move |state| state.check_not_blocked(&peer)).await?;
         }
@@ -94,15 +129,7 @@ impl Messenger {
         if let ConversationId::Direct(peer) = conversation {
             self.start_direct(peer).await?;
         }
-        self.update_devices(conversation).await?;
-        self.store()
-            .change(move |state| {
-                if let ConversationId::Direct(peer) = conversation {
-                    state.note_contact(&peer)?;
-                }
-                texts.into_iter().map(|text| encrypt(state, conversation, text)).collect()
-            })
-            .await
+        self.update_devices(conversation).await
     }
 
     /// Returns the delivery state of a message of ours; `None` if there is no such entry.
@@ -346,10 +373,12 @@ fn encrypt(
     state: &mut State,
     conversation: ConversationId,
     text: String,
+    file: Option<SharedFile>,
 ) -> Result<EntryId, Error> {
-    let sent = Event::Sent { text: text.clone(), delivery: DeliveryState::Queued };
+    let delivery = DeliveryState::Queued;
+    let sent = Event::Sent { text: text.clone(), delivery, file: file.clone() };
     let entry = state.log.push_own(conversation, now(), sent)?;
-    encrypt_entry(state, conversation, entry, text)?;
+    encrypt_entry(state, conversation, entry, text, file)?;
     Ok(entry)
 }
 
@@ -359,6 +388,7 @@ pub(super) fn encrypt_entry(
     conversation: ConversationId,
     entry: EntryId,
     text: String,
+    file: Option<SharedFile>,
 ) -> Result<(), Error> {
     let group = match conversation {
         ConversationId::Direct(peer) => {
@@ -368,7 +398,7 @@ pub(super) fn encrypt_entry(
     };
     let at = now();
     let id = *fresh_message_id(at).as_bytes();
-    let content = Content { id, sent_at: at.0, text, repeats: None };
+    let content = Content { id, sent_at: at.0, text, repeats: None, file };
     state.count_encryption()?;
     let parcel = state.mls.encrypt(group, &content).map_err(|error| match error {
         qpq_mls::Error::UnknownGroup => Error::NoSuchConversation,

@@ -34,3 +34,5 @@ pub(super) const LINK_REQUESTS: Table = Table::new(50);
 pub(super) const LEAVING: Table = Table::new(51);
 /// The number of direct MLS groups that each stranger has begun.
 pub(super) const STRANGERS: Table = Table::new(44);
+/// The keys of files that are being uploaded, by the SHA-256 of their content.
+pub(super) const UPLOADS: Table = Table::new(52);

@@ -174,8 +174,8 @@ pub(crate) fn line(entry: &Entry) -> String {
         people.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
     };
     match &entry.event {
-        Event::Sent { text, delivery: DeliveryState::Sent } => format!("me: {text}"),
-        Event::Sent { text, delivery } => format!("me: {text} ({delivery:?})"),
+        Event::Sent { text, delivery: DeliveryState::Sent, .. } => format!("me: {text}"),
+        Event::Sent { text, delivery, .. } => format!("me: {text} ({delivery:?})"),
         Event::Received { from, text, .. } => format!("{from}: {text}"),
         Event::Joined { by } => format!("joined by {by}"),
         Event::Requested { by, group: Some(name) } => format!("{by} asks for {name}"),

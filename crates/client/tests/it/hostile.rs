@@ -91,7 +91,7 @@ async fn a_claimed_name_of_another_account_is_refuted() {
     mls.confirm(group).unwrap();
     enqueue(&mallory, &bob, commit.welcome.unwrap()).await;
     let text = "it's me, Alice".into();
-    let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text, repeats: None };
+    let content = qpq_mls::Content { id: [1; 16], sent_at: 0, text, repeats: None, file: None };
     enqueue(&mallory, &bob, mls.encrypt(group, &content).unwrap().payload).await;
 
     let entries = bob.receive().await.unwrap();

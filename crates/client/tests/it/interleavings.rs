@@ -283,7 +283,7 @@ async fn texts_acknowledged_after_a_restore_are_shown_once_or_reported_as_unread
         println!("seed {seed}");
         let mut world = Box::pin(World::new(seed)).await;
         for _ in 0..STEPS {
-            println!("  {}", world.step().await);
+            println!("  {}", Box::pin(world.step()).await);
         }
         for side in [0, 1] {
             println!("  {}", world.send(side).await);

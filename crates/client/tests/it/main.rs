@@ -8,6 +8,7 @@ mod backlog;
 mod chat;
 mod connection;
 mod crash;
+mod files;
 mod groups;
 mod harness;
 mod hostile;

@@ -96,9 +96,12 @@ fn group_of(creator: &mut Client, others: &mut [&mut Client]) -> GroupId {
 }
 
 fn say(from: &mut Client, group: GroupId, text: &str) -> Vec<u8> {
-    from.encrypt(group, &Content { id: [0; 16], sent_at: 0, text: text.into(), repeats: None })
-        .unwrap()
-        .payload
+    from.encrypt(
+        group,
+        &Content { id: [0; 16], sent_at: 0, text: text.into(), repeats: None, file: None },
+    )
+    .unwrap()
+    .payload
 }
 
 /// Asserts that `to` can read the messages of `from`.

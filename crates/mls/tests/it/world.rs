@@ -279,7 +279,7 @@ pub(crate) fn restored(client: &mut Client) -> Client {
 }
 
 pub(crate) fn content(text: &str) -> Content {
-    Content { id: [3; 16], sent_at: 1_234, text: text.to_owned(), repeats: None }
+    Content { id: [3; 16], sent_at: 1_234, text: text.to_owned(), repeats: None, file: None }
 }
 
 /// Returns the texts among received messages, in order.

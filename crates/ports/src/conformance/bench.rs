@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use qpq_domain::{
-    AccountId, ChannelId, DeliveryLimits, DeviceId, DeviceKey, IdentityKey, KeyPackageLimits,
-    MessageId, Seq, TokenHash, UnixMillis, Username,
+    AccountId, BlobLimits, ChannelId, DeliveryLimits, DeviceId, DeviceKey, IdentityKey,
+    KeyPackageLimits, MessageId, Seq, StoreLimits, TokenHash, UnixMillis, Username,
 };
 
 use super::{Backend, Factory};
@@ -44,7 +44,16 @@ impl Bench {
         delivery: DeliveryLimits,
         caps: KeyPackageLimits,
     ) -> Self {
-        let backend = factory.fresh(delivery, caps).await;
+        let limits = StoreLimits { delivery, key_packages: caps, ..StoreLimits::default() };
+        Self::with_limits(factory, limits).await
+    }
+
+    pub(super) async fn with_blobs(factory: &dyn Factory, blobs: BlobLimits) -> Self {
+        Self::with_limits(factory, StoreLimits { blobs, ..StoreLimits::default() }).await
+    }
+
+    async fn with_limits(factory: &dyn Factory, limits: StoreLimits) -> Self {
+        let backend = factory.fresh(limits).await;
         let stores = backend.stores();
         Self { backend, stores }
     }

@@ -19,6 +19,7 @@ mod bench;
 pub mod accounts;
 pub mod bans;
 pub mod blocks;
+pub mod blobs;
 pub mod clocks;
 pub mod deletion;
 pub mod devices;
@@ -42,7 +43,7 @@ pub mod sessions;
 pub mod wakes;
 
 use async_trait::async_trait;
-use qpq_domain::{DeliveryLimits, KeyPackageLimits, UnixMillis};
+use qpq_domain::{StoreLimits, UnixMillis};
 
 use crate::Stores;
 
@@ -50,11 +51,7 @@ use crate::Stores;
 #[async_trait]
 pub trait Factory: Send + Sync {
     /// Creates an empty backend with these limits, for one test only.
-    async fn fresh(
-        &self,
-        delivery: DeliveryLimits,
-        key_packages: KeyPackageLimits,
-    ) -> Box<dyn Backend>;
+    async fn fresh(&self, limits: StoreLimits) -> Box<dyn Backend>;
 }
 
 /// A backend under test.
@@ -441,6 +438,32 @@ macro_rules! conformance {
                 concurrent_fetches_exceed_no_limit,
                 a_count_that_begins_far_in_the_future_is_discarded,
                 the_keys_of_bundles_are_listed_once_in_order,
+            ]
+        );
+        $crate::conformance_area!(
+            [$($how)?] $factory,
+            blobs,
+            [
+                a_blob_is_read_in_parts_after_its_last_chunk,
+                an_upload_resumes_at_the_received_bytes_after_a_crash,
+                small_chunks_of_any_size_make_a_whole_blob,
+                equal_bytes_may_be_repeated_and_other_bytes_are_refused,
+                a_gap_stores_nothing,
+                another_size_is_refused_and_the_upload_stays,
+                a_wrong_hash_removes_the_upload_and_returns_its_quota,
+                a_completed_upload_may_be_completed_again,
+                known_content_still_takes_its_bytes,
+                a_blob_is_readable_until_its_last_reference_is_removed,
+                a_mime_type_belongs_to_a_reference,
+                uploads_beyond_the_quota_are_refused,
+                of_concurrent_uploads_as_many_as_fit_the_quota_succeed,
+                open_uploads_are_limited_by_number_and_by_size,
+                an_idle_upload_is_removed_and_returns_its_quota,
+                a_reference_expires_unless_it_is_renewed,
+                an_expired_reference_that_is_uploaded_again_counts_once,
+                a_released_account_has_no_blobs_and_no_quota_in_use,
+                two_devices_upload_one_blob_together,
+                uploads_removals_and_collections_of_the_same_content_lose_no_blob,
             ]
         );
         $crate::conformance_area!(

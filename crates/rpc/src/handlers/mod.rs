@@ -3,6 +3,7 @@
 
 mod account;
 mod auth;
+mod blob;
 mod delivery;
 mod device;
 mod endpoint;

@@ -17,10 +17,11 @@ use qpq_proto::{
     LimitClass, LimitSubject, Status,
     methods::{
         BatchEnqueue, Enqueue, FetchKeyPackage, Health, OpaqueLoginFinish, Peek, ResolveUser,
+        UploadBlob,
     },
     v1::{
         BatchEnqueueRequest, EnqueueRequest, FetchKeyPackageRequest, HealthRequest, PeekRequest,
-        ResolveUserRequest,
+        ResolveUserRequest, UploadBlobRequest,
     },
 };
 use qpq_rpc::{Config, RateLimits};
@@ -232,6 +233,25 @@ async fn calls_refused_by_the_accounts_budget_cost_its_address_nothing() {
     }
     resolve(&bob.client).await.expect("the address has one left");
     assert_eq!(code(resolve(&bob.client).await), limited());
+}
+
+#[tokio::test]
+async fn uploads_of_blobs_have_a_budget_of_bytes() {
+    let server = Server::with(budget(LimitClass::BlobBytes, LimitSubject::Account, 200_000)).await;
+    let alice = server.user("alice").await;
+    let chunk = |n: u8, bytes: Vec<u8>| UploadBlobRequest {
+        blob_hash: vec![n; 32].into(),
+        chunk: bytes.into(),
+        total_size: 1 << 20,
+        ..Default::default()
+    };
+    alice.ok::<UploadBlob>(chunk(1, vec![0; 100_000])).await;
+    // A small chunk counts as 64 KiB.
+    alice.ok::<UploadBlob>(chunk(2, vec![0])).await;
+    let refused = alice.refused::<UploadBlob>(chunk(3, vec![0])).await;
+    refused.assert(Status::RateLimited, "rpc.rate_limited");
+    // A question about the state has no bytes.
+    alice.ok::<UploadBlob>(chunk(1, Vec::new())).await;
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 mod account;
 mod auth;
+mod blobs;
 mod delivery;
 mod devices;
 mod endpoints;

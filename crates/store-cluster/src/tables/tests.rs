@@ -72,8 +72,9 @@ fn statements_are_generated_from_the_roles_of_the_columns() {
 
 /// Returns the column that names the account of a row; `None` if no row belongs to an account.
 fn owner(table: &TableDescription) -> Option<&'static str> {
-    let names_account =
-        |column: &&Column| matches!(column.role, Role::Account | Role::AccountInOrder(_));
+    let names_account = |column: &&Column| {
+        matches!(column.role, Role::Account | Role::AccountInOrder(_) | Role::LocalAccount)
+    };
     if table.name == "account" {
         return Some("id");
     }
@@ -84,8 +85,8 @@ fn owner(table: &TableDescription) -> Option<&'static str> {
 fn every_table_names_the_account_of_its_rows_or_belongs_to_the_server() {
     let of_server: Vec<_> =
         TABLES.iter().filter(|table| owner(table).is_none()).map(|table| table.name).collect();
-    // A group belongs to its members, a payload to the messages that refer to it. The
-    // audit trail outlives accounts. A tombstone shows no account.
+    // A group belongs to its members, a payload to the messages that refer to it, a blob to its
+    // references. The audit trail outlives accounts. A tombstone shows no account.
     assert_eq!(
         of_server,
         [
@@ -95,6 +96,9 @@ fn every_table_names_the_account_of_its_rows_or_belongs_to_the_server() {
             "invite",
             "tombstone",
             "payload",
+            "blob",
+            "blob_chunk",
+            "blob_trash",
             "cluster",
             "heartbeat",
             "store"
@@ -110,6 +114,7 @@ fn every_table_says_how_the_rows_of_an_account_are_erased() {
         let erases = |erased: &Erased| match *erased {
             Erased::RowsOf(column)
             | Erased::MessagesOf(column)
+            | Erased::BlobsOf(column)
             | Erased::Keys { account: column, .. } => column == owner,
             Erased::Memberships | Erased::Last => true,
             _ => false,

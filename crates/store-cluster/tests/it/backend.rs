@@ -14,12 +14,12 @@ use std::{
 
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
-use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits, UnixMillis};
+use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
 };
-use qpq_store_cluster::{Clocks, ClusterStore, Config, Endpoint, Migrate, Timing};
+use qpq_store_cluster::{BlobPlaces, Clocks, ClusterStore, Config, Endpoint, Migrate, Timing};
 use qpq_test_services::{
     Authority, Nats, Postgres, Redis, RedisCluster, RedisSentinel, resp::Reply,
 };
@@ -188,6 +188,8 @@ impl<R: AnyRedis> Servers<R> {
                 session_cache: Duration::from_secs(15),
             },
             clocks: Clocks { edge: None, ..Clocks::default() },
+            // As large as the limits of tests allow.
+            blobs: BlobPlaces { max_without_bucket: u64::MAX, ..BlobPlaces::default() },
         }
     }
 
@@ -274,13 +276,8 @@ impl<R> Clusters<R> {
 
 #[async_trait]
 impl<R: AnyRedis> Factory for Clusters<R> {
-    async fn fresh(
-        &self,
-        delivery: DeliveryLimits,
-        key_packages: KeyPackageLimits,
-    ) -> Box<dyn Backend> {
+    async fn fresh(&self, limits: StoreLimits) -> Box<dyn Backend> {
         let servers = Arc::clone(&self.servers);
-        let limits = StoreLimits { delivery, key_packages, ..StoreLimits::default() };
         let config = servers.cluster(limits).await;
         if self.are_marked {
             servers.mark(&config).await;

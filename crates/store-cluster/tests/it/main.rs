@@ -2,6 +2,7 @@
 //! edges.
 
 mod backend;
+mod blobs;
 mod clocks;
 mod conformance;
 mod deletion;

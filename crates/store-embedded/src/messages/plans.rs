@@ -3,10 +3,7 @@
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
 use super::{enqueue, left_out, position, read, remove};
-use crate::{
-    absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys,
-    recovery, reports,
-};
+use crate::{absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys, recovery, reports, blobs};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
@@ -29,7 +26,8 @@ async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {
         .chain(blocks::STATEMENTS)
         .chain(reports::STATEMENTS)
         .chain(audit::STATEMENTS)
-        .chain(recovery::STATEMENTS);
+        .chain(recovery::STATEMENTS)
+        .chain(blobs::STATEMENTS);
     for sql in statements {
         // SQLite plans with the value of such a parameter, and compiles the statement again for the
         // next value. The value of `LIMIT +?` is not used for the plan.

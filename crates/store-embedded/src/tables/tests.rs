@@ -45,7 +45,7 @@ fn moved_tables_have_the_columns_and_keys_of_the_transfer() {
 fn only_tables_that_are_not_moved_have_local_columns() {
     for table in TABLES {
         for column in table.columns {
-            let is_local = column.role == Role::Local;
+            let is_local = matches!(column.role, Role::Local | Role::LocalAccount);
             assert_eq!(is_local, table.moved().is_none(), "{}.{}", table.name, column.name);
         }
     }
@@ -86,8 +86,9 @@ fn canonical_rows_have_identities_positions_and_hashes() {
 
 /// Returns the column that names the account of a row; `None` if no row belongs to an account.
 fn owner(table: &TableDescription) -> Option<&'static str> {
-    let names_account =
-        |column: &&Column| matches!(column.role, Role::Account | Role::AccountInOrder(_));
+    let names_account = |column: &&Column| {
+        matches!(column.role, Role::Account | Role::AccountInOrder(_) | Role::LocalAccount)
+    };
     if table.name == "account" {
         return Some("id");
     }
@@ -98,8 +99,8 @@ fn owner(table: &TableDescription) -> Option<&'static str> {
 fn every_table_names_the_account_of_its_rows_or_belongs_to_the_server() {
     let of_server: Vec<_> =
         TABLES.iter().filter(|table| owner(table).is_none()).map(|table| table.name).collect();
-    // A group belongs to its members, a payload to the messages that refer to it. The
-    // audit trail outlives accounts. A tombstone shows no account.
+    // A group belongs to its members, a payload to the messages that refer to it, a blob to its
+    // references. The audit trail outlives accounts. A tombstone shows no account.
     assert_eq!(
         of_server,
         [
@@ -108,6 +109,8 @@ fn every_table_names_the_account_of_its_rows_or_belongs_to_the_server() {
             "job",
             "invite",
             "tombstone",
+            "blob",
+            "blob_trash",
             "payload",
             "heartbeat",
             "store",
@@ -122,7 +125,9 @@ fn every_table_says_how_the_rows_of_an_account_are_erased() {
         assert!(!table.erased.is_empty(), "{}", table.name);
         let Some(owner) = owner(table) else { continue };
         let erases = |erased: &Erased| match *erased {
-            Erased::RowsOf(column) | Erased::Keys { account: column, .. } => column == owner,
+            Erased::RowsOf(column)
+            | Erased::BlobsOf(column)
+            | Erased::Keys { account: column, .. } => column == owner,
             Erased::Memberships | Erased::Last => true,
             _ => false,
         };

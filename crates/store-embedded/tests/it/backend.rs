@@ -3,7 +3,7 @@
 //! kill a process instead.
 
 use async_trait::async_trait;
-use qpq_domain::{DeliveryLimits, KeyPackageLimits, StoreLimits, UnixMillis};
+use qpq_domain::{StoreLimits, UnixMillis};
 use qpq_ports::{
     Stores,
     conformance::{Backend, Factory},
@@ -17,13 +17,8 @@ pub(crate) struct Embedded;
 
 #[async_trait]
 impl Factory for Embedded {
-    async fn fresh(
-        &self,
-        delivery: DeliveryLimits,
-        key_packages: KeyPackageLimits,
-    ) -> Box<dyn Backend> {
+    async fn fresh(&self, limits: StoreLimits) -> Box<dyn Backend> {
         let directory = tempfile::tempdir().expect("a directory");
-        let limits = StoreLimits { delivery, key_packages, ..StoreLimits::default() };
         Box::new(Running {
             process: Some(Process::start(&directory, limits).await),
             directory,

@@ -3,6 +3,7 @@
 //! each, and writes the answers to its output.
 
 use std::{
+    collections::HashMap,
     io::{BufRead as _, BufReader, Lines, Write as _},
     path::{Path, PathBuf},
     process::{self, ChildStdin, ChildStdout, Stdio},
@@ -23,7 +24,10 @@ use qpq_store_embedded::EmbeddedStore;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
-use crate::ops::{Machine, Op, START, key};
+use crate::{
+    blobs,
+    ops::{Machine, Op, START, key},
+};
 
 /// The character before an answer. Distinguishes answers from the output of the test harness.
 const MARK: char = '\u{2}';
@@ -56,6 +60,13 @@ enum Command {
     /// Runs the erasure of a deleted account. Answers each batch.
     Erase {
         now: u64,
+    },
+    /// Uploads blobs from several concurrent tasks, and removes each second one. Answers each
+    /// change.
+    Blobs {
+        from: u64,
+        count: u64,
+        tasks: u64,
     },
     /// Returns all messages of account 1.
     Inbox,
@@ -205,6 +216,19 @@ impl Child {
         answer
     }
 
+    /// Uploads blobs with numbers from `from` on, and removes those with odd numbers again. Returns
+    /// the last acknowledged change of each number, `whole` or `removed`, after `most` changes.
+    pub(crate) fn blobs(&mut self, from: u64, count: u64, most: usize) -> HashMap<u64, String> {
+        self.send(&Command::Blobs { from, count, tasks: 4 });
+        let mut changes = HashMap::new();
+        for _ in 0..most {
+            let answer = self.answer();
+            let (change, number) = answer.split_once(' ').expect("a change and a number");
+            changes.insert(number.parse().expect("a number"), change.to_owned());
+        }
+        changes
+    }
+
     /// Returns (number, seq) of each message in the inbox of account 1.
     pub(crate) fn inbox(&mut self) -> Vec<(u64, u64)> {
         serde_json::from_str(&self.ask(&Command::Inbox)).expect("what the child wrote")
@@ -334,6 +358,18 @@ async fn serve_store(store: &EmbeddedStore, machine: &mut Machine, command: Comm
             if !run_job(&store.stores(), UnixMillis(now), batch).await {
                 answer("done");
             }
+        }
+        Command::Blobs { from, count, tasks } => {
+            let mut running = JoinSet::new();
+            for task in 0..tasks {
+                let stores = store.stores();
+                running.spawn(async move {
+                    for n in (from..from + count).filter(|n| n % tasks == task) {
+                        blobs::change(&stores, n, |change| answer(&format!("{change} {n}"))).await;
+                    }
+                });
+            }
+            running.join_all().await;
         }
         Command::Inbox => answer(&serde_json::to_string(&inbox(store).await).expect("plain data")),
         Command::Check => {

@@ -3,6 +3,7 @@
 //! that cannot be used.
 
 mod backend;
+mod blobs;
 mod child;
 mod conformance;
 mod deletion;

@@ -6,6 +6,7 @@
 //! | file | content |
 //! |---|---|
 //! | `qpq.db` | single node: the database after some commit |
+//! | `blobs/` | single node: the files of the blobs in the database |
 //! | `postgres.dump` | cluster: a snapshot of the database, in the custom format of `pg_dump` |
 //! | `opaque-setup.bin` and others | single node: the secrets, certificate and key of the data directory |
 //! | `shared/` | cluster: the directory that all edges share |

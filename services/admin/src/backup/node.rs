@@ -8,7 +8,7 @@ use qpq_runtime::data_dir::cluster::{
     AT_REST_KEYS, CERTIFICATE, CERTIFICATE_KEY, DELIVERY_KEY, OPAQUE_SETUP,
 };
 use qpq_server::Config;
-use qpq_store_embedded::{DATABASE_FILE, copy_database, inspect};
+use qpq_store_embedded::{BlobFile, DATABASE_FILE, blob_files, copy_database, inspect};
 
 use super::{
     manifest::{FORMAT, Manifest, StoreKind, utc},
@@ -62,6 +62,25 @@ pub(super) async fn back_up(
             parts.push(target.copy(&data_dir.join(name), name)?);
         }
     }
+    // A server removes the file of a blob no sooner than an hour after its row, so the files of the
+    // copied rows are there. The hashes are checked, because a part that differs is useless.
+    for file in blob_files(&database).await? {
+        let path = data_dir.join(&file.path);
+        let part = target.copy(&path, part_name(&file)?).with_context(|| {
+            format!(
+                "the blob {} is missing or cannot be copied, and no backup was created. A backup \
+                 that takes more than an hour must be repeated; otherwise check the disk",
+                path.display()
+            )
+        })?;
+        ensure!(
+            part.bytes == file.bytes && part.sha256 == hex::encode(file.sha256),
+            "the blob {} is damaged, and no backup was created: check the disk. Without the file, \
+             the backup fails too, so restore it from an earlier backup",
+            path.display()
+        );
+        parts.push(part);
+    }
     Ok(Manifest {
         format: FORMAT,
         kind: StoreKind::SingleNode,
@@ -72,6 +91,11 @@ pub(super) async fn back_up(
         rows: inspected.rows.into_iter().collect(),
         parts,
     })
+}
+
+/// Returns the name of the part with the bytes of a blob.
+pub(super) fn part_name(file: &BlobFile) -> anyhow::Result<&str> {
+    file.path.to_str().with_context(|| format!("{} is not UTF-8", file.path.display()))
 }
 
 /// Returns a line that names the configured files that the backup does not contain.

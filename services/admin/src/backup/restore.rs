@@ -24,7 +24,8 @@ use qpq_durable_file as durable_file;
 use qpq_ports::{Clock as _, NewHistory, OldSessions, SystemClock};
 use qpq_runtime::data_dir::{DataDir, cluster::AT_REST_KEYS};
 use qpq_store_embedded::{
-    Claim, DATABASE_FILE, EmbeddedStore, LOCK_FILE, RESTORING_FILE, TRANSFERRED_FILE,
+    BLOBS_DIRECTORY, Claim, DATABASE_FILE, EmbeddedStore, LOCK_FILE, RESTORING_FILE,
+    TRANSFERRED_FILE,
 };
 
 use super::{
@@ -207,7 +208,12 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
     }
     DataDir::create(&stage)?;
     for part in &manifest.parts {
-        let (bytes, hash) = copy_durably(&from.join(&part.name), &stage.join(&part.name))?;
+        let to = stage.join(&part.name);
+        let directory = durable_file::directory_of(&to);
+        DataDir::create(directory)?;
+        let (bytes, hash) = copy_durably(&from.join(&part.name), &to)?;
+        durable_file::sync(directory)
+            .with_context(|| format!("{} cannot be written", directory.display()))?;
         ensure!(
             bytes == part.bytes && hex::encode(hash) == part.sha256,
             "{} changed while it was copied: check the disk, then run this again",
@@ -225,6 +231,10 @@ async fn stage(from: &Path, manifest: &Manifest, data_dir: &Path) -> anyhow::Res
             ));
         }
         fs::remove_file(stage.join(LOCK_FILE))?;
+        let blobs = stage.join(BLOBS_DIRECTORY);
+        if blobs.exists() {
+            durable_file::sync(&blobs)?;
+        }
         durable_file::sync(&stage.join(DATABASE_FILE))?;
         durable_file::sync(&stage)?;
         durable_file::sync(data_dir)
@@ -274,6 +284,7 @@ fn known(data_dir: &Path) -> anyhow::Result<Vec<String>> {
             || CERTIFICATES.contains(&name.as_str())
             || name == AT_REST_KEYS
             || name == TRANSFERRED_FILE
+            || name == BLOBS_DIRECTORY
     };
     Ok(entries(data_dir)?.into_iter().filter(is_known).collect())
 }
@@ -292,8 +303,10 @@ fn move_aside(data_dir: &Path, aside: &str) -> anyhow::Result<()> {
 /// Removes the parts that a killed run has placed.
 fn remove_placed(data_dir: &Path) -> anyhow::Result<()> {
     for name in known(data_dir)? {
-        fs::remove_file(data_dir.join(&name))
-            .with_context(|| format!("{} cannot be removed", data_dir.join(&name).display()))?;
+        let path = data_dir.join(&name);
+        let removed =
+            if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.with_context(|| format!("{} cannot be removed", path.display()))?;
     }
     Ok(())
 }

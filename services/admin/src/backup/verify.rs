@@ -1,6 +1,7 @@
 //! Verification of a backup: every part is unchanged and can be used.
 
 use std::{
+    collections::HashMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -8,13 +9,13 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use qpq_rpc::{AtRestKeys, OpaqueServer};
 use qpq_runtime::data_dir::cluster::{AT_REST_KEYS, ClusterDir, DELIVERY_KEY, OPAQUE_SETUP};
-use qpq_store_embedded::{DATABASE_FILE, inspect};
+use qpq_store_embedded::{DATABASE_FILE, blob_files, inspect};
 use qpq_transport::Identity;
 
 use super::{
     cluster,
     manifest::{MANIFEST, MANIFEST_HASH, Manifest, Part, StoreKind},
-    node::{CERTIFICATES, SECRETS},
+    node::{CERTIFICATES, SECRETS, part_name},
     unfinished::digest,
 };
 
@@ -110,7 +111,26 @@ async fn check_node(dir: &Path, manifest: &Manifest) -> anyhow::Result<()> {
         inspected.schema,
         manifest.schema
     );
+    check_blobs(dir, manifest).await?;
     check_rows(dir, manifest, &inspected.rows.into_iter().collect())
+}
+
+/// Checks that each blob of the database is a part with its hash. The parts were compared with the
+/// manifest before.
+async fn check_blobs(dir: &Path, manifest: &Manifest) -> anyhow::Result<()> {
+    let parts: HashMap<_, _> =
+        manifest.parts.iter().map(|part| (part.name.as_str(), part)).collect();
+    for file in blob_files(&dir.join(DATABASE_FILE)).await? {
+        let part = parts.get(part_name(&file)?);
+        ensure!(
+            part.is_some_and(
+                |part| part.bytes == file.bytes && part.sha256 == hex::encode(file.sha256)
+            ),
+            "the blob {} of the database is not part of the backup. Use another backup",
+            file.path.display()
+        );
+    }
+    Ok(())
 }
 
 fn check_rows(

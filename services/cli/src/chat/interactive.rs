@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub(super) async fn run(chat: &Chat<'_>) -> Result<(), CliError> {
     let recent = recent(chat).await?;
     let own = recent.iter().filter_map(|entry| match &entry.event {
-        Event::Sent { text, .. } => Some(text.clone()),
+        Event::Sent { text, .. } if !text.is_empty() => Some(text.clone()),
         _ => None,
     });
     let Ok(editor) = Editor::start(own) else { return super::piped::run(chat, 0).await };

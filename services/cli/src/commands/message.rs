@@ -98,8 +98,19 @@ pub(crate) async fn deliver(
             Ok(Err(_)) | Err(_) => Err(why),
         };
     }
-    let Sent { entry, outcome } =
+    let sent =
         context.progress.during("sending", Box::pin(messenger.send(conversation, body))).await?;
+    report(context, messenger, conversation, to, sent).await
+}
+
+/// Reports the outcome of a message.
+pub(super) async fn report(
+    context: &Context,
+    messenger: &Messenger,
+    conversation: ConversationId,
+    to: &str,
+    Sent { entry, outcome }: Sent,
+) -> Result<(), CliError> {
     match outcome {
         SendOutcome::Sent => context.output.report(&Delivered {
             event: "sent",

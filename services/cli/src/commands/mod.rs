@@ -5,6 +5,7 @@ mod block;
 mod device;
 mod erase;
 mod export;
+mod file;
 mod find;
 mod group;
 mod keys;
@@ -17,6 +18,7 @@ pub(crate) mod requests;
 mod server;
 
 use clap::CommandFactory as _;
+use qpq_client::Existing;
 
 use self::{
     keys::{Changed, Compared},
@@ -52,7 +54,12 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), CliEr
         Command::Account(AccountCommand::Export { out }) => export::export(context, out).await,
         Command::Health => server::health(context).await,
         Command::Dm { to, linger } => chat::dm(context, &to, linger).await,
-        Command::Send { to, text } => message::send(context, &to, text).await,
+        Command::Send { to, file: Some(path), .. } => file::send(context, &to, &path).await,
+        Command::Send { to, text, file: None } => message::send(context, &to, text).await,
+        Command::Save { from, number, to, force } => {
+            let existing = if force { Existing::Replace } else { Existing::Keep };
+            file::save(context, &from, number, to, existing).await
+        }
         Command::Recv { follow, timeout } => message::recv(context, follow, timeout).await,
         Command::Group(command) => group::run(context, command).await,
         Command::Device(command) => device::run(context, command).await,

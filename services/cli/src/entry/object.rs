@@ -1,6 +1,6 @@
 //! The objects of entries, for programs.
 
-use qpq_client::{ConversationId, DeliveryState, Event, Person, Standing};
+use qpq_client::{ConversationId, DeliveryState, Event, Person, SharedFile, Standing};
 use serde::Serialize;
 
 use super::EntryReport;
@@ -24,6 +24,8 @@ struct Object<'a> {
     sent_at: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     delivery: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<FileObject<'a>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     people: Vec<PersonObject<'a>>,
     /// The name of a device.
@@ -38,6 +40,25 @@ struct Object<'a> {
     first: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last: Option<u64>,
+}
+
+/// A file in the JSON output of the commands. Its key is left out.
+#[derive(Debug, Serialize)]
+struct FileObject<'a> {
+    name: &'a str,
+    size: u64,
+    mime: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    width: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    height: Option<u32>,
+}
+
+impl<'a> From<&'a SharedFile> for FileObject<'a> {
+    fn from(file: &'a SharedFile) -> Self {
+        let (width, height) = file.picture.unzip();
+        Self { name: &file.name, size: file.size, mime: &file.mime, width, height }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -97,12 +118,14 @@ impl<'a> Object<'a> {
     /// Sets the name of an event and the keys that belong to it.
     fn describe(&mut self, event: &'a Event) {
         match event {
-            Event::Sent { text, delivery } => {
+            Event::Sent { text, delivery, file } => {
                 (self.event, self.text) = ("sent", Some(text.as_str()));
+                self.file = file.as_ref().map(Into::into);
                 self.delivery = Some(delivery_name(*delivery));
             }
-            Event::Received { from, text, sent_at } => {
+            Event::Received { from, text, sent_at, file } => {
                 self.by("message", from);
+                self.file = file.as_ref().map(Into::into);
                 (self.text, self.sent_at) = (Some(text.as_str()), Some(sent_at.0));
             }
             Event::Joined { by } => self.by("joined", by),

@@ -22,6 +22,40 @@ async fn messages_are_received_once_and_in_order() {
 }
 
 #[tokio::test]
+async fn a_file_is_sent_shown_and_saved() {
+    let world = World::new().await;
+    let (alice, bob) = (world.user("alice").await, world.user("bob").await);
+    let dir = tempfile::tempdir().unwrap();
+    let (photo, saved) = (dir.path().join("photo.png"), dir.path().join("saved"));
+    let mut content = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x02\x80\0\0\x01\xe0".to_vec();
+    content.resize(1_300_000, 7);
+    std::fs::write(&photo, &content).unwrap();
+    let (photo, to) = (photo.to_str().unwrap(), saved.to_str().unwrap());
+    assert_eq!(alice.ok(&["send", "bob", "--file", photo]).await, "Sent to bob.\n");
+    alice.ok(&["send", "bob", "look"]).await;
+    let shown = "alice: [file: photo.png, 1.2 MiB, image/png, 640×480]\nalice: look\n";
+    assert_eq!(bob.ok(&["recv"]).await, shown);
+    assert!(bob.ok(&["save", "alice", "--to", to]).await.starts_with("Saved "));
+    assert_eq!(std::fs::read(&saved).unwrap(), content);
+
+    bob.fails(&["save", "alice", "1", "--to", to], 1, "client.file_exists").await;
+    let report = &bob.json(&["save", "alice", "--to", to, "--force"]).await[0];
+    assert_eq!((&report["event"], &report["size"]), (&json!("saved"), &json!(1_300_000)));
+    bob.fails(&["save", "alice", "2"], 1, "client.no_such_file").await;
+    alice.fails(&["send", "bob", "--file", "/nonexistent"], 1, "client.io").await;
+
+    alice.ok(&["send", "bob", "--file", photo]).await;
+    let received = bob.run(&["recv", "--json"]).await;
+    assert_eq!(
+        received.json()[0]["file"],
+        json!({
+            "name": "photo.png", "size": 1_300_000, "mime": "image/png",
+            "width": 640, "height": 480,
+        })
+    );
+}
+
+#[tokio::test]
 async fn json_output_of_send_and_recv_consists_of_objects() {
     let world = World::new().await;
     let (alice, bob) = (world.user("alice").await, world.user("bob").await);

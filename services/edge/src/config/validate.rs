@@ -46,6 +46,7 @@ impl Settings for Config {
         broken.extend(self.cluster_sections().broken());
         broken.extend(self.half_named_certificate());
         broken.extend(self.settings_without_effect());
+        broken.extend(self.bucket_of_single_node());
         broken
     }
 }
@@ -129,6 +130,14 @@ impl Config {
         unused
     }
 
+    /// Checks that only an edge of a cluster names a bucket, which a single node would not use.
+    fn bucket_of_single_node(&self) -> Option<Broken> {
+        let is_unused =
+            self.blobs.endpoint.is_some() && self.cluster_sections().secrets_dir().is_none();
+        let must_be = "left out: a single node stores blobs in its data directory".into();
+        is_unused.then_some(Broken { path: "blobs.endpoint", must_be })
+    }
+
     fn check_times(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
         let (transport, delivery, session) = (&self.transport, &self.delivery, &self.session);
         let times = [
@@ -156,6 +165,8 @@ impl Config {
             ("cluster.poll", self.cluster.poll),
             ("cluster.lease", self.cluster.lease),
             ("cluster.session_cache", self.cluster.session_cache),
+            ("blobs.upload_idle", self.blobs.upload_idle),
+            ("blobs.lifetime", self.blobs.lifetime),
         ];
         for (path, time) in times {
             must(!time.is_zero() && time <= LONGEST, path, "more than zero and at most 3650d");
@@ -174,6 +185,11 @@ impl Config {
                 "between 5m and 24h: a ticket is valid for two intervals, and clients expect 12h",
             );
         }
+        must(
+            (second..=50 * second).contains(&self.blobs.timeout),
+            "blobs.timeout",
+            "between 1s and 50s: a call has 120 s, and a request may be repeated",
+        );
         let whole_wait = Duration::from_secs(20);
         must(self.answers.wait <= whole_wait, "answers.wait", "at most 20s: a call has 30 s");
         must(self.drain.timeout <= DAY, "drain.timeout", "at most 1d");
@@ -226,6 +242,32 @@ impl Config {
         must(self.reports.max_per_account > 0, "reports.max_per_account", "at least 1");
         must(keys.max_packages > 0, "keys.max_packages", "at least 1");
         must(self.auth.waiting_logins > 0, "auth.waiting_logins", "at least 1");
+        self.check_blobs(must);
+    }
+
+    fn check_blobs(&self, must: &mut impl FnMut(bool, &'static str, &str)) {
+        let blobs = &self.blobs;
+        must(
+            (1..=50 << 20).contains(&blobs.max_bytes.0),
+            "blobs.max_bytes",
+            "between 1B and 50MiB, the maximum of the protocol",
+        );
+        must(blobs.quota.0 <= 1 << 50, "blobs.quota", "at most 1048576GiB");
+        must(blobs.max_staged.0 <= 1 << 50, "blobs.max_staged", "at most 1048576GiB");
+        must((1..=1_000).contains(&blobs.max_uploads), "blobs.max_uploads", "between 1 and 1000");
+        if let Some(endpoint) = &blobs.endpoint {
+            let is_url = endpoint.starts_with("https://") || endpoint.starts_with("http://");
+            must(is_url, "blobs.endpoint", "a URL like https://s3.example.org");
+        }
+        must(!blobs.bucket.is_empty(), "blobs.bucket", "the name of a bucket");
+        if let Some(missing) = blobs.missing() {
+            must(
+                false,
+                missing,
+                "given too: a bucket needs blobs.endpoint, blobs.access_key_file and \
+                 blobs.secret_key_file",
+            );
+        }
     }
 
     fn check_transport(&self, must: &mut impl FnMut(bool, &'static str, &str)) {

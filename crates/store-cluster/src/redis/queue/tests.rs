@@ -28,6 +28,7 @@ async fn redis() -> (Server, Redis) {
         limits: StoreLimits::default(),
         timing: Timing::default(),
         clocks: crate::Clocks::default(),
+        blobs: crate::BlobPlaces::default(),
     };
     let redis = Redis::connect(&config).await.unwrap();
     (server, redis)

@@ -3,8 +3,11 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
-use qpq_domain::{ChannelId, Seq, StoreLimits};
-use qpq_ports::{Batch, Enqueued, NewMessage, PageLimit, ReadQuery, Reader, View};
+use qpq_domain::{BlobId, ChannelId, Seq, StoreLimits, UnixMillis};
+use qpq_ports::{
+    Batch, BlobFinish, BlobOwner, BlobRange, ChunkOutcome, Enqueued, NewChunk, NewMessage,
+    PageLimit, ReadQuery, Reader, Stores, View,
+};
 use qpq_store_embedded::{EmbeddedStore, OpenError};
 use rand::{SeedableRng as _, rngs::StdRng};
 
@@ -102,6 +105,93 @@ async fn a_backup_of_a_store_in_use_is_restored_with_the_same_contents() {
     let again = node.workspace.path("again");
     run(&["backup", text(&again), "--data-dir", text(&there)]);
     run(&["verify", text(&again)]);
+}
+
+/// Uploads a blob of the account with this identity key.
+async fn upload(stores: &Stores, owner: BlobOwner, content: &Bytes, now: UnixMillis) {
+    let chunk = NewChunk {
+        owner,
+        size: content.len() as u64,
+        mime: "text/plain".into(),
+        offset: 0,
+        bytes: content.clone(),
+        now,
+    };
+    let stored = stores.blobs.upload(chunk).await.unwrap();
+    assert_eq!(stored, ChunkOutcome::Stored { received: content.len() as u64 });
+    assert_eq!(stores.blobs.finish(owner, now).await.unwrap(), BlobFinish::Whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_contains_blobs_and_no_open_uploads() {
+    let node = Node::new().await;
+    let (stores, now) = (node.store.stores(), node.content.now());
+    let identity = node.content.identities().next().unwrap();
+    let account = stores.accounts.by_identity(&identity).await.unwrap().unwrap().id;
+    let owner = |content: &Bytes| {
+        let hash = <sha2::Sha256 as sha2::Digest>::digest(content);
+        BlobOwner { account, blob: BlobId::new(hash.into()) }
+    };
+    let (kept, removed, open) = (
+        Bytes::from(vec![1; 100_000]),
+        Bytes::from(vec![2; 100_000]),
+        Bytes::from(vec![3; 100_000]),
+    );
+    upload(&stores, owner(&kept), &kept, now).await;
+    upload(&stores, owner(&removed), &removed, now).await;
+    stores.blobs.unreference(owner(&removed), now).await.unwrap();
+    let chunk = NewChunk {
+        owner: owner(&open),
+        size: 100_000,
+        mime: String::new(),
+        offset: 0,
+        bytes: open.slice(..50_000),
+        now,
+    };
+    stores.blobs.upload(chunk).await.unwrap();
+
+    let backup = node.back_up("backup");
+    run(&["verify", text(&backup)]);
+    let directories: Vec<_> = fs::read_dir(backup.join("blobs")).unwrap().collect();
+    assert_eq!(directories.len(), 1, "only the blob with a reference");
+    assert_damage_is_found(&backup, || run_failing(1, &["verify", text(&backup)]));
+    let there = node.workspace.path("there");
+    for replace in [&[][..], &["--replace"][..]] {
+        let arguments = ["restore", text(&backup), "--data-dir", text(&there)];
+        run(&[&arguments, replace].concat());
+        let restored = embedded(&there).await;
+        let stores = restored.stores();
+        let range = BlobRange { reader: owner(&kept), offset: 0, length: usize::MAX };
+        let part = stores.blobs.read(range, now).await.unwrap().unwrap();
+        assert_eq!((part.bytes, part.mime.as_str()), (kept.clone(), "text/plain"));
+        // The open upload begins again.
+        let chunk = NewChunk {
+            owner: owner(&open),
+            size: 100_000,
+            mime: String::new(),
+            offset: 50_000,
+            bytes: open.slice(50_000..),
+            now,
+        };
+        let outcome = stores.blobs.upload(chunk).await.unwrap();
+        assert_eq!(outcome, ChunkOutcome::Gap { received: 0 });
+        upload(&stores, owner(&open), &open, now).await;
+        restored.close().await;
+    }
+
+    let file = fs::read_dir(node.dir.join("blobs"))
+        .unwrap()
+        .flat_map(|directory| fs::read_dir(directory.unwrap().path()).unwrap())
+        .map(|file| file.unwrap().path())
+        .find(|file| fs::read(file).unwrap() == kept)
+        .unwrap();
+    let again = node.workspace.path("again");
+    let arguments = ["backup", text(&again), "--data-dir", text(&node.dir)];
+    fs::write(&file, b"damaged").unwrap();
+    assert!(run_failing(1, &arguments).contains("is damaged, and no backup was created"));
+    fs::remove_file(&file).unwrap();
+    assert!(run_failing(1, &arguments).contains("is missing or cannot be copied"));
+    assert!(!again.exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -179,6 +179,7 @@ impl Edge {
             limits: StoreLimits::default(),
             timing: Timing::default(),
             clocks: qpq_store_cluster::Clocks { edge: None, ..Default::default() },
+            blobs: qpq_store_cluster::BlobPlaces::default(),
         };
         Box::pin(ClusterStore::connect(&config)).await.unwrap()
     }
