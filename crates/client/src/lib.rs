@@ -45,7 +45,11 @@ pub use error::{
 pub use link::ConnectionEvent;
 pub use messenger::{
     ContactRequest, Conversation, ConversationId, ConversationKind, DeliveryState, Entry, EntryId,
-    Event, FIRST_DEVICE, GroupBan, GroupMember, InvalidLinkCode, InvalidRecoveryCode, LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking, Listener, MAX_DEVICE_NAME, MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, NewAccount, OwnDevice, PasswordChanged, Person, RecoveryCheck, RecoveryCode, RecoveryStatus, Requests, Role, SendOutcome, Sent, Standing, Existing, NewFile,
+    Event, Existing, FIRST_DEVICE, GroupBan, GroupMember, InvalidLinkCode, InvalidRecoveryCode,
+    LINK_REQUEST_LIFETIME, LinkCode, LinkRequest, Linking, Listener, MAX_DEVICE_NAME,
+    MAX_GROUP_NAME, MAX_STRANGERS, MAX_TEXT, Membership, Messenger, NewAccount, NewFile, OwnDevice,
+    PasswordChanged, Person, RecoveryCheck, RecoveryCode, RecoveryStatus, Requests, Role,
+    SendOutcome, Sent, Standing,
 };
 pub use options::{DEFAULT_PORT, Options, Trust};
 pub use profile::{Profile, ProfileStatus};

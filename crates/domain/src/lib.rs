@@ -28,16 +28,16 @@ pub use group::{
     Role,
 };
 pub use identity::{IdentityKey, InvalidIdentity};
+pub use ids::{
+    AccountId, BlobId, ChannelId, DeviceId, GroupId, MessageId, Seq, StoreId, WrongLength,
+};
 pub use invite::{
     InvalidInviteCode, InvalidInviteId, InviteCode, InviteHash, InviteId, MAX_INVITE_NOTE,
     MAX_INVITE_USES,
 };
-pub use ids::{
-    AccountId, BlobId, ChannelId, DeviceId, GroupId, MessageId, Seq, StoreId, WrongLength,
-};
 pub use limits::{
-    BlobLimits, DeliveryLimits, KeyPackageLimits, MAX_BATCH, MAX_BLOB_CHUNK, MAX_ENDPOINT, MAX_MIME_TYPE,
-    StoreLimits,
+    BlobLimits, DeliveryLimits, KeyPackageLimits, MAX_BATCH, MAX_BLOB_CHUNK, MAX_ENDPOINT,
+    MAX_MIME_TYPE, StoreLimits,
 };
 pub use lookalike::{Skeleton, UsernameScripts};
 pub use moderation::{MAX_BAN_REASON, MAX_BLOCKS, MAX_CONVERSATION_ID, MAX_REPORT, ReportLimits};

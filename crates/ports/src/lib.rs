@@ -15,8 +15,8 @@ mod audit;
 mod bans;
 #[cfg(feature = "admission")]
 pub mod batcher;
-mod blocks;
 mod blobs;
+mod blocks;
 mod clock;
 #[cfg(feature = "conformance")]
 #[expect(missing_docs, reason = "the name of a rule states it")]
@@ -50,11 +50,11 @@ pub use audit::{Audit, AuditAction, AuditActor, AuditEntry, AuditPage};
 pub use bans::{
     Ban, BanEffects, BanRefusal, BanScope, Bans, ModerationRight, Moderator, NewBan, Unban,
 };
-pub use blocks::{Blocking, Blocks, Unblocking};
 pub use blobs::{
     BlobFinish, BlobOwner, BlobPart, BlobRange, BlobState, Blobs, ChunkOutcome, Collected,
     NewChunk, Unreference,
 };
+pub use blocks::{Blocking, Blocks, Unblocking};
 pub use clock::{Clock, SystemClock};
 pub use deletion::{
     CALLS_ENDED, Deletion, ERASE, Erasing, ErasureId, NAME_RESERVED, identity_tombstone,

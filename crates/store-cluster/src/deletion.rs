@@ -15,8 +15,8 @@ use std::{collections::HashSet, mem, sync::LazyLock};
 use parking_lot::Mutex;
 use qpq_domain::{AccountId, IdentityKey, Skeleton, TokenHash, UnixMillis};
 use qpq_ports::{
-    Blobs as _, CALLS_ENDED, Deletion, Endpoints as _, Erasing, ErasureId, NAME_RESERVED, StoreError,
-    StoreResult, identity_tombstone, name_tombstone,
+    Blobs as _, CALLS_ENDED, Deletion, Endpoints as _, Erasing, ErasureId, NAME_RESERVED,
+    StoreError, StoreResult, identity_tombstone, name_tombstone,
 };
 use sqlx::{PgConnection, Row as _};
 

@@ -735,10 +735,10 @@ impl ErasureSteps {
                         of_name.push(format!("DELETE FROM {name} WHERE {column} = $1"));
                     }
                     Erased::Last
-| Erased::BlobsOf(_)
-| Erased::With(_)
-| Erased::Tombstones
-| Erased::Nothing => {}
+                    | Erased::BlobsOf(_)
+                    | Erased::With(_)
+                    | Erased::Tombstones
+                    | Erased::Nothing => {}
                 }
             }
         }

@@ -648,10 +648,10 @@ impl ErasureSteps {
                         of_name.push(format!("DELETE FROM {} WHERE {column} = ?1", table.name));
                     }
                     Erased::Last
-| Erased::BlobsOf(_)
-| Erased::With(_)
-| Erased::Tombstones
-| Erased::Nothing => {}
+                    | Erased::BlobsOf(_)
+                    | Erased::With(_)
+                    | Erased::Tombstones
+                    | Erased::Nothing => {}
                 }
             }
         }

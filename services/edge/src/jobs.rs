@@ -8,7 +8,10 @@ use qpq_rpc::account_events::AccountEvents;
 use qpq_runtime::lifecycle::Tasks;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, erasure::Erase, maintenance::Sweep, rotation::RotateTicketKeys, store::Store, blobs::CollectBlobs};
+use crate::{
+    Config, blobs::CollectBlobs, erasure::Erase, maintenance::Sweep, rotation::RotateTicketKeys,
+    store::Store,
+};
 
 /// Starts the runner as one of `tasks`. Once `draining` is cancelled, the runner claims no more
 /// jobs and waits for the runs in progress. Runs that do not end in time are released for another

@@ -18,8 +18,8 @@ mod bench;
 
 pub mod accounts;
 pub mod bans;
-pub mod blocks;
 pub mod blobs;
+pub mod blocks;
 pub mod clocks;
 pub mod deletion;
 pub mod devices;

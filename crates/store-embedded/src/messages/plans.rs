@@ -3,7 +3,10 @@
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Row as _, sqlite::SqliteConnectOptions};
 
 use super::{enqueue, left_out, position, read, remove};
-use crate::{absence, audit, bans, blocks, deletion, devices, groups, inboxes, invites, jobs, keys, recovery, reports, blobs};
+use crate::{
+    absence, audit, bans, blobs, blocks, deletion, devices, groups, inboxes, invites, jobs, keys,
+    recovery, reports,
+};
 
 #[tokio::test]
 async fn frequent_statements_use_indexes_sort_nothing_and_are_compiled_once() {

@@ -152,7 +152,8 @@ impl fmt::Display for Manifest {
         let bytes: u64 = self.parts.iter().map(|part| part.bytes).sum();
         writeln!(f, "  taken at   {} by qpq-admin {}", self.taken_at, self.qpq_version)?;
         writeln!(f, "  store id   {}", self.store_id)?;
-        writeln!(f, "  accounts   {}", rows("account"))?;
+        // A deleted account has no inbox.
+        writeln!(f, "  accounts   {}", rows("inbox"))?;
         writeln!(f, "  messages   {}", rows("message"))?;
         writeln!(f, "  size       {bytes} bytes in {} files", self.parts.len())
     }

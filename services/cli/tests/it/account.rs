@@ -58,7 +58,7 @@ async fn registering_over_a_profile_or_under_a_taken_name_is_refused() {
 async fn a_server_that_needs_invites_accepts_as_many_accounts_as_an_invite_has_uses() {
     let mode = Named(RegistrationMode::Invite);
     let world = World::with(|config| config.auth.registration = mode).await;
-    let code = world.invite(1).await;
+    let code = world.invite(1, None).await;
     let (alice, bob) = (world.person("alice"), world.person("bob"));
     let error = alice.fails(&["register", "alice"], 1, "auth.invite_required").await;
     assert!(error["hint"].as_str().unwrap().contains("--invite CODE"), "{error}");

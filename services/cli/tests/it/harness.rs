@@ -90,15 +90,15 @@ impl World {
         connection.close().await.unwrap();
     }
 
-    /// Creates an invite with this number of uses. Returns its code.
-    pub(crate) async fn invite(&self, uses: u32) -> &'static str {
+    /// Creates an invite with this number of uses, for one username or for any. Returns its code.
+    pub(crate) async fn invite(&self, uses: u32, username: Option<&str>) -> &'static str {
         let path = self.config.data_dir.join("qpq.db");
         let mut connection = SqliteConnectOptions::new().filename(path).connect().await.unwrap();
         // The SHA-256 of the code.
         let statement = "INSERT INTO invite VALUES
             (x'd77bd86a0e004d9c21a03cdbfeac637b484d184bdda05d72ad726e029c9003a1',
-             ?1, ?1, NULL, '', 0, 9000000000000)";
-        sqlx::query(statement).bind(uses).execute(&mut connection).await.unwrap();
+             ?1, ?1, ?2, '', 0, 9000000000000)";
+        sqlx::query(statement).bind(uses).bind(username).execute(&mut connection).await.unwrap();
         connection.close().await.unwrap();
         "0000-0000-0000-0000-0000-0000-0000"
     }
@@ -146,6 +146,14 @@ impl World {
     pub(crate) async fn user(&self, name: &str) -> Person {
         let person = self.person(name);
         person.ok(&["register", name, "--pin", &self.fingerprint]).await;
+        person
+    }
+
+    /// Registers an account whose username the configuration lists as that of an administrator.
+    pub(crate) async fn admin(&self, name: &str) -> Person {
+        let code = self.invite(1, Some(name)).await;
+        let person = self.person(name);
+        person.ok(&["register", name, "--invite", code, "--pin", &self.fingerprint]).await;
         person
     }
 }

@@ -7,7 +7,7 @@ use crate::harness::World;
 #[tokio::test]
 async fn an_administrator_bans_a_user_until_the_ban_is_ended() {
     let world = World::with(|config| config.admin.usernames = vec!["root".into()]).await;
-    let (root, bob) = (world.user("root").await, world.user("bob").await);
+    let (root, bob) = (world.admin("root").await, world.user("bob").await);
     let key = bob.json(&["whoami"]).await[0]["identity"].clone();
     bob.fails(&["moderate", "bans"], 1, "auth.admin_required").await;
     bob.fails(&["moderate", "ban", "root"], 1, "auth.admin_required").await;

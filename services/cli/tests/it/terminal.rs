@@ -253,7 +253,7 @@ async fn passwords_are_asked_for_unseen_and_twice_for_a_new_account() {
 async fn the_invite_is_asked_for_if_the_server_needs_one() {
     let mode = Named(RegistrationMode::Invite);
     let world = World::with(|config| config.auth.registration = mode).await;
-    let code = world.invite(1).await;
+    let code = world.invite(1, None).await;
     let alice = world.person("alice");
     let mut terminal = Terminal::start(&alice, &["register", "alice"]);
     for prompt in ["Password: ", "Again: "] {
