@@ -144,7 +144,7 @@ pub(crate) enum Command {
     /// The server's certificate is pinned. Compare the fingerprint that is shown with
     /// the one that the server printed at its start, or give that one with --pin.
     ///
-    /// If the server needs an invite for a new account, its operator gives you the code.
+    /// If the server needs an invite for a new account, ask its operator for a code.
     ///
     /// Examples:
     ///   qpq register alice --server 127.0.0.1:5001

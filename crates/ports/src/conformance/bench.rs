@@ -9,9 +9,9 @@ use qpq_domain::{
 
 use super::{Backend, Factory};
 use crate::{
-    Ack, Admission, Batch, CertifiedKey, DeviceRegistration, DeviceRevocation, Enqueued, Lease,
-    NewAccount, NewDevice, NewMessage, Page, PageLimit, ReadError, ReadQuery, Reader, Receipt,
-    Registration, Stores, View,
+    Ack, Admission, Batch, CertifiedKey, ClaimRequest, DeviceRegistration, DeviceRevocation, ERASE,
+    Enqueued, Erasing, ErasureId, JobEnd, Lease, NewAccount, NewDevice, NewMessage, Page,
+    PageLimit, ReadError, ReadQuery, Reader, Receipt, Registration, Stores, View,
 };
 
 /// The instant at which each test begins.
@@ -280,4 +280,25 @@ pub(super) fn texts(page: &Page) -> Vec<&str> {
         .iter()
         .map(|envelope| std::str::from_utf8(&envelope.payload).expect("text"))
         .collect()
+}
+
+/// Claims and runs one job of an erasure. Calls `seen` after each batch. Returns whether there was
+/// a job.
+pub async fn run_job(stores: &Stores, now: UnixMillis, mut seen: impl FnMut(Erasing)) -> bool {
+    let (lease, horizon) = (MINUTE, Duration::from_secs(3_600));
+    let request = ClaimRequest { kind: ERASE, limit: 1, lease, horizon };
+    let jobs = stores.jobs.claim(request, now).await.expect("claim");
+    let Some(job) = jobs.first() else { return false };
+    let erasure = ErasureId::of_job(&job.payload).expect("an erasure");
+    let end = loop {
+        let progress = stores.accounts.erase(erasure, now).await.expect("erase");
+        seen(progress);
+        match progress {
+            Erasing::More => {}
+            Erasing::WaitFor(wait) => break JobEnd::RepeatAfter { wait },
+            Erasing::Done => break JobEnd::Done,
+        }
+    };
+    stores.jobs.finish(job.claim, end, now).await.expect("finish");
+    true
 }

@@ -4,11 +4,12 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use qpq_domain::{
-    AccountId, DeviceKey, GroupId, IdentityKey, MessageId, Pair, Role, Seq, TokenHash, UnixMillis,
-    Username,
+    AccountId, BlobId, DeviceKey, GroupId, IdentityKey, InviteHash, MessageId, Pair, Role, Seq,
+    TokenHash, UnixMillis, Username,
 };
 use tokio::task::JoinSet;
 
+pub use super::bench::run_job;
 use super::{
     Factory,
     bench::{
@@ -18,11 +19,12 @@ use super::{
     maintenance::sweep_all,
 };
 use crate::{
-    Ack, Batch, CALLS_ENDED, CertifiedKey, ClaimRequest, Commit, Deletion, DeviceRegistration,
-    ERASE, Enqueued, Erasing, ErasureId, GroupMessage, GroupRecipients, GroupRefusal, HybridKey,
-    JobEnd, MemberPage, NAME_RESERVED, NewAccount, NewDevice, NewGroup, NewKeyPackage, NewMembers,
-    NewMessage, NewSession, PackageOwner, Registration, Session, SessionCreation, Stores,
-    UploadMode,
+    Ack, AtRestKeyId, BanScope, Batch, BlobFinish, BlobOwner, Blocking, BundlePut, CALLS_ENDED,
+    CertifiedKey, ClaimRequest, Commit, Deletion, DeviceRegistration, ERASE, Endpoint, Enqueued,
+    Erasing, ErasureId, GroupMessage, GroupRecipients, GroupRefusal, HybridKey, MemberPage,
+    ModerationRight, Moderator, NAME_RESERVED, NewAccount, NewBan, NewBundle, NewChunk, NewDevice,
+    NewGroup, NewInvite, NewKeyPackage, NewMembers, NewMessage, NewReport, NewSession,
+    PackageOwner, Registration, Session, SessionCreation, Stores, UploadMode,
 };
 
 /// The instant after which all calls that began before a deletion at [`NOW`] have ended.
@@ -476,27 +478,6 @@ pub const fn after_all_calls() -> UnixMillis {
     LATER
 }
 
-/// Claims and runs one job of an erasure. Calls `seen` after each batch. Returns whether there was
-/// a job.
-pub async fn run_job(stores: &Stores, now: UnixMillis, mut seen: impl FnMut(Erasing)) -> bool {
-    let (lease, horizon) = (MINUTE, Duration::from_secs(3_600));
-    let request = ClaimRequest { kind: ERASE, limit: 1, lease, horizon };
-    let jobs = stores.jobs.claim(request, now).await.expect("claim");
-    let Some(job) = jobs.first() else { return false };
-    let erasure = ErasureId::of_job(&job.payload).expect("an erasure");
-    let end = loop {
-        let progress = stores.accounts.erase(erasure, now).await.expect("erase");
-        seen(progress);
-        match progress {
-            Erasing::More => {}
-            Erasing::WaitFor(wait) => break JobEnd::RepeatAfter { wait },
-            Erasing::Done => break JobEnd::Done,
-        }
-    };
-    stores.jobs.finish(job.claim, end, now).await.expect("finish");
-    true
-}
-
 /// The numbers of the account's devices. The last one is revoked.
 const DEVICES: [u8; 3] = [1, 2, 3];
 
@@ -576,5 +557,79 @@ async fn populate(stores: &Stores, alice: RegisteredAccount, bob: RegisteredAcco
             ..to_group(n, sender, &"y".repeat(2_000))
         };
         groups.send(commit).await.expect("send").expect("accepted");
+    }
+    populate_moderation(stores, alice, bob).await;
+}
+
+/// Creates a recovery bundle, blobs, an endpoint and an invite of `alice`, reports, blocks and bans.
+async fn populate_moderation(stores: &Stores, alice: RegisteredAccount, bob: RegisteredAccount) {
+    let Stores { recovery_bundles, blobs, endpoints, invites, reports, blocks, bans, .. } = stores;
+    let bundle = NewBundle {
+        account: alice.account,
+        replaces: 0,
+        sealed: alice.identity.as_bytes().to_vec(),
+        key: AtRestKeyId([1; 8]),
+        now: NOW,
+    };
+    assert_eq!(recovery_bundles.put(bundle).await.expect("put"), BundlePut::Stored);
+    for (content, end) in [(&b"a whole blob"[..], 12), (b"an open upload", 7)] {
+        let hash: [u8; 32] = crate::transfer::sha256(content).try_into().expect("32 bytes");
+        let owner = BlobOwner { account: alice.account, blob: BlobId::new(hash) };
+        let chunk = NewChunk {
+            owner,
+            size: content.len() as u64,
+            mime: "image/jpeg".into(),
+            offset: 0,
+            bytes: content[..end].to_vec().into(),
+            now: NOW,
+        };
+        blobs.upload(chunk).await.expect("upload");
+        if end == content.len() {
+            assert_eq!(blobs.finish(owner, NOW).await.expect("finish"), BlobFinish::Whole);
+        }
+    }
+    let endpoint = Endpoint {
+        node_addr: alice.identity.as_bytes().to_vec().into(),
+        expires_at: NOW.plus(600 * MINUTE),
+    };
+    endpoints.publish(&alice.identity, endpoint, NOW).await.expect("publish");
+    let invite = NewInvite {
+        code: InviteHash::new([1; 32]),
+        uses: 2,
+        lifetime: 600 * MINUTE,
+        username: Some(
+            Username::parse(&Populated::with_number(alice.account).username).expect("a name"),
+        ),
+        note: String::new(),
+        now: NOW,
+    };
+    invites.create(invite).await.expect("create");
+    let report = NewReport {
+        reporter: alice.account,
+        conversation: "conversation".into(),
+        encrypted_report: alice.identity.as_bytes().to_vec().into(),
+        now: NOW,
+    };
+    reports.report(report).await.expect("report");
+    create_group(stores, 206, bob, &[alice]).await;
+    for (moderator, right, scope, subject) in [
+        (bob, ModerationRight::Group, BanScope::Group(group(206)), alice),
+        (alice, ModerationRight::Group, BanScope::Group(group(203)), bob),
+        (bob, ModerationRight::Server, BanScope::Server, alice),
+    ] {
+        let RegisteredAccount { account, identity } = moderator;
+        let ban = NewBan {
+            scope,
+            subject: subject.identity,
+            moderator: Moderator { account, identity, right },
+            reason: "spam".into(),
+            duration: None,
+            now: NOW,
+        };
+        bans.ban(ban).await.expect("ban").expect("allowed");
+    }
+    for (account, blocked) in [(alice, bob), (bob, alice)] {
+        let blocking = blocks.block(account.account, blocked.identity, NOW).await.expect("block");
+        assert_eq!(blocking, Blocking::Blocked);
     }
 }

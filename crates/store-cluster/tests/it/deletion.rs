@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// The columns that have numbers of accounts.
-const NUMBERS: [(&str, &str); 14] = [
+const NUMBERS: [(&str, &str); 22] = [
     ("account", "id"),
     ("session", "account"),
     ("inbox", "id"),
@@ -32,6 +32,14 @@ const NUMBERS: [(&str, &str); 14] = [
     ("group_member", "account"),
     ("group_commit", "account"),
     ("erasure", "account"),
+    ("recovery_bundle", "account"),
+    ("ban", "account"),
+    ("group_ban", "account"),
+    ("report", "reporter"),
+    ("block", "account"),
+    ("blob_ref", "account"),
+    ("upload", "account"),
+    ("blob_quota", "account"),
 ];
 
 fn hex(bytes: &[u8]) -> String {

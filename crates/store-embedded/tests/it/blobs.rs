@@ -13,8 +13,8 @@ use std::{
 use bytes::Bytes;
 use qpq_domain::{BlobId, IdentityKey, StoreLimits, UnixMillis, Username};
 use qpq_ports::{
-    BlobFinish, BlobOwner, BlobRange, BlobState, ChunkOutcome, NewAccount, NewChunk, Registration,
-    StoreResult, Stores,
+    Admission, BlobFinish, BlobOwner, BlobRange, BlobState, ChunkOutcome, NewAccount, NewChunk,
+    Registration, StoreResult, Stores,
 };
 use qpq_store_embedded::{BLOBS_DIRECTORY, DATABASE_FILE, blob_files, copy_database, inspect};
 use sha2::{Digest as _, Sha256};
@@ -36,7 +36,8 @@ fn content(n: u64, size: usize) -> Bytes {
 async fn owner(stores: &Stores, n: u8, content: &[u8]) -> BlobOwner {
     let username = Username::parse(&format!("account{n}")).expect("a username");
     let identity = IdentityKey::new([n; 32]);
-    let new = NewAccount { username, identity, opaque_record: vec![1; 192], now: NOW };
+    let admission = Admission::Open;
+    let new = NewAccount { username, identity, opaque_record: vec![1; 192], admission, now: NOW };
     let account = match stores.accounts.register(new).await.expect("register") {
         Registration::Registered(account) => account,
         _ => stores.accounts.by_identity(&identity).await.expect("find").expect("registered").id,

@@ -36,11 +36,16 @@ fn secrets(account: &Populated) -> Vec<(String, Vec<u8>)> {
     secrets
 }
 
-/// Returns the files of the directory that contain a value of the account.
+/// Returns the files of the directory and of its subdirectories that contain a value of the
+/// account.
 fn found_in_files(directory: &Path, account: &Populated) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).expect("a directory") {
         let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            found.extend(found_in_files(&path, account));
+            continue;
+        }
         let bytes = fs::read(&path).expect("a file");
         for (name, secret) in secrets(account) {
             if contains(&bytes, &secret) {
@@ -103,6 +108,14 @@ async fn found_in_tables(directory: &Path, account: &Populated) -> Vec<String> {
         ("group_member", "account"),
         ("group_commit", "account"),
         ("erasure", "account"),
+        ("recovery_bundle", "account"),
+        ("ban", "account"),
+        ("group_ban", "account"),
+        ("report", "reporter"),
+        ("block", "account"),
+        ("blob_ref", "account"),
+        ("upload", "account"),
+        ("blob_quota", "account"),
     ] {
         let count = format!("SELECT count(*) FROM {table} WHERE {column} = ?1");
         let rows: i64 = sqlx::query_scalar(AssertSqlSafe(count))
