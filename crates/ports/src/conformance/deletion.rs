@@ -561,7 +561,8 @@ async fn populate(stores: &Stores, alice: RegisteredAccount, bob: RegisteredAcco
     populate_moderation(stores, alice, bob).await;
 }
 
-/// Creates a recovery bundle, blobs, an endpoint and an invite of `alice`, reports, blocks and bans.
+/// Creates a recovery bundle, blobs, an endpoint and an invite of `alice`, and reports, blocks and
+/// bans.
 async fn populate_moderation(stores: &Stores, alice: RegisteredAccount, bob: RegisteredAccount) {
     let Stores { recovery_bundles, blobs, endpoints, invites, reports, blocks, bans, .. } = stores;
     let bundle = NewBundle {
