@@ -87,11 +87,21 @@ impl World {
         self.clients[0].must::<Logout>(&request, Some(token)).await.expect("logged out").revoked
     }
 
-    /// Registers an account at the first edge, and logs in.
-    async fn register(&self, username: &str) -> Bytes {
+    /// Registers an administrator at the first edge, with an invite for the username, and logs in.
+    async fn register_admin(&self, username: &str) -> Bytes {
+        // The SHA-256 of the code.
+        let invite = format!(
+            "INSERT INTO invite (code, uses, uses_left, username, note, created_at, expires_at)
+             VALUES ('\\xd77bd86a0e004d9c21a03cdbfeac637b484d184bdda05d72ad726e029c9003a1',
+                     1, 1, '{username}', '', 0, 9000000000000)"
+        );
+        self.cluster.postgres.sql(&invite).await.expect("an invite");
         let client = &self.clients[0];
         let upload = upload(client, username, PASSWORD).await.expect("an upload");
-        let request = registration(username, upload, &identity());
+        let request = v1::OpaqueRegisterFinishRequest {
+            invite: "0000-0000-0000-0000-0000-0000-0000".into(),
+            ..registration(username, upload, &identity())
+        };
         client.must::<OpaqueRegisterFinish>(&request, None).await.expect("registered");
         let token = login_with(client, username, PASSWORD).await.expect("an answer");
         token.expect("the right password")
@@ -160,7 +170,7 @@ async fn waiting_calls_of_a_revoked_session_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_banned_account_is_logged_out_at_every_edge_and_logs_in_at_none() {
     let world = World::with(Plan::default().with("QPQ_ADMIN__USERNAMES", "root")).await;
-    let root = world.register("root").await;
+    let root = world.register_admin("root").await;
     let subject = || world.account.identity.clone();
     let mut longest = Duration::ZERO;
     for _ in 0..5 {
