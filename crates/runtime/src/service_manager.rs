@@ -166,8 +166,8 @@ mod tests {
             let manager = ServiceManager::at(address).expect("none");
             manager.notify(State::Ready);
         }
-        let gone = ServiceManager::at(Some(OsStr::new("/nonexistent/notify"))).expect("a path");
-        gone.notify(State::Ready);
+        let absent = ServiceManager::at(Some(OsStr::new("/nonexistent/notify"))).expect("a path");
+        absent.notify(State::Ready);
     }
 
     #[test]

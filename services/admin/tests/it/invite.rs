@@ -80,8 +80,8 @@ async fn invites_of_a_running_and_of_a_stopped_single_node_are_created_listed_an
             invite(&["revoke", &format!(" {} ", code.to_lowercase())]),
             format!("Invite {id} is revoked.\n")
         );
-        for gone in [id, code] {
-            let arguments = [&["invite", "revoke", gone][..], &place].concat();
+        for removed in [id, code] {
+            let arguments = [&["invite", "revoke", removed][..], &place].concat();
             let stderr = run_failing(1, &arguments);
             assert!(stderr.contains(&format!("there is no invite {id}")), "{stderr}");
         }

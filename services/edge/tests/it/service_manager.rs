@@ -52,9 +52,9 @@ async fn the_service_manager_receives_the_states_of_a_server_and_its_signs_of_li
 #[tokio::test]
 async fn a_service_manager_that_does_not_listen_stops_no_server() {
     let data = Data::new();
-    let gone = data.file("gone");
+    let absent = data.file("absent");
     let dir = data.file("data");
-    let variables = [("NOTIFY_SOCKET", gone.to_str().unwrap())];
+    let variables = [("NOTIFY_SOCKET", absent.to_str().unwrap())];
     let server = ServerProcess::start(dir.to_str().unwrap(), &variables).await;
     assert_eq!(server.health().await.status, "ok");
     server.signal(Signal::SIGTERM);
